@@ -16,7 +16,7 @@ Float = NDArray[np.float32]
 # Absorbance (natural log) of red, green and blue light at dose 1.
 DYES: dict[str, tuple[float, float, float]] = {
     "haematoxylin": (1.00, 1.12, 0.34),
-    "lavender": (0.30, 0.32, 0.10),
+    "lavender": (0.23, 0.24, 0.08),
     "light_green": (0.52, 0.24, 0.20),
     "eosin": (0.05, 0.50, 0.19),
     "orange_g": (0.03, 0.42, 0.85),

@@ -38,7 +38,7 @@ def round_outline(
     angle = np.linspace(0, 2 * np.pi, NUM_OUTLINE_POINTS, endpoint=False)
     radius = np.full_like(angle, radius_px)
     for order in range(2, 8):
-        size = roughness * rng.normal() / np.sqrt(order - 1)
+        size = roughness * rng.normal() / (order - 1)
         radius += radius_px * size * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
     radius = np.maximum(radius, 0.5 * radius_px)
     stretch = np.sqrt(elongation)
@@ -60,9 +60,8 @@ def polygon_outline(rng: np.random.Generator, radius_px: float, elongation: floa
     side = np.linspace(0, corners, NUM_OUTLINE_POINTS, endpoint=False)
     points = np.stack([np.interp(side, np.arange(corners + 1), closed[:, i]) for i in (0, 1)], 1)
     bulge = rng.normal(0.05, 0.06, corners)[side.astype(int)] * np.sin(np.pi * (side % 1.0))
-    ragged = np.interp(
-        side, np.arange(0, corners + 0.25, 0.25), np.resize(rng.normal(0, 0.012, 64), corners * 4 + 1)
-    )
+    ragged = rng.normal(0, 0.014, corners * 4)[(side * 4).astype(int)]
+    ragged = ragged + rng.normal(0, 0.012, NUM_OUTLINE_POINTS)
     points *= (1 + bulge + ragged)[:, None]
     kernel = np.array([1, 4, 6, 4, 1]) / 16
     padded = np.concatenate([points[-2:], points, points[:2]])
@@ -76,8 +75,10 @@ def _rotate(points: NDArray[np.float64], angle: float) -> Float:
     return np.asarray(points @ np.array([[cos, sin], [-sin, cos]]), np.float32)
 
 
-def fill(outline: Float, height_px: int, width_px: int, soft_px: float = 0.8) -> Float:
-    """Rasterise an outline (x, y in pixels of the patch) to an anti-aliased mask (h, w) in [0, 1]."""
+def fill(
+    outline: NDArray[np.floating], height_px: int, width_px: int, soft_px: float = 0.8
+) -> Float:
+    """Rasterise an outline (x, y in patch pixels) to an anti-aliased mask (h, w) in [0, 1]."""
     canvas = np.zeros((height_px, width_px), np.uint8)
     fixed_point = np.round(outline * 16).astype(np.int32)
     cv2.fillPoly(canvas, [fixed_point], 255, lineType=cv2.LINE_AA, shift=4)
@@ -91,7 +92,9 @@ def draw_fold(
     """Return one soft curved crease across the patch, float32 (h, w) in [0, 1]."""
     start = np.array([width_px, height_px]) / 2 + rng.uniform(-0.6, 0.6, 2) * reach_px
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, 0.16, 14))
-    steps = np.stack([np.cos(heading), np.sin(heading)], axis=1) * reach_px * rng.uniform(0.05, 0.12)
+    steps = (
+        np.stack([np.cos(heading), np.sin(heading)], axis=1) * reach_px * rng.uniform(0.05, 0.12)
+    )
     points = np.round((start + np.cumsum(steps, axis=0)) * 16).astype(np.int32)
     canvas = np.zeros((height_px, width_px), np.uint8)
     thickness = max(1, round(thickness_px))
@@ -125,3 +128,10 @@ def fold_over(rng: np.random.Generator, mask: Float, reach_px: float) -> Float:
     matrix = np.concatenate([mirror, shift[:, None]], axis=1).astype(np.float32)
     flap = cv2.warpAffine(flap, matrix, (width_px, height_px), flags=cv2.INTER_LINEAR)
     return np.asarray(kept + np.minimum(flap, kept), np.float32)
+
+
+def centre_distance(height_px: int, width_px: int) -> Float:
+    """Return the distance of every pixel (h, w) from the middle of the patch."""
+    y = np.arange(height_px, dtype=np.float32)[:, None] - np.float32((height_px - 1) / 2)
+    x = np.arange(width_px, dtype=np.float32)[None] - np.float32((width_px - 1) / 2)
+    return np.asarray(np.hypot(x, y), np.float32)

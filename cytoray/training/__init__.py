@@ -1,0 +1,53 @@
+"""The Ray-free training step: configuration, engine, checkpoints, watches."""
+
+from cytoray.training.checkpoint import (
+    BackgroundCheckpointer,
+    Checkpoint,
+    CheckpointError,
+    FoundCheckpoint,
+    SkippedCheckpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from cytoray.training.config import (
+    BackboneConfig,
+    CropConfig,
+    HeadConfig,
+    LossConfig,
+    OptimConfig,
+    PretrainConfig,
+    encoder_spec,
+)
+from cytoray.training.engine import PretrainEngine
+from cytoray.training.watch import (
+    CollapseLimits,
+    CollapseWatch,
+    TrainingDiverged,
+    check_finite,
+    collapse_message,
+)
+
+__all__ = [
+    "BackboneConfig",
+    "BackgroundCheckpointer",
+    "Checkpoint",
+    "CheckpointError",
+    "CollapseLimits",
+    "CollapseWatch",
+    "CropConfig",
+    "FoundCheckpoint",
+    "HeadConfig",
+    "LossConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "PretrainEngine",
+    "SkippedCheckpoint",
+    "TrainingDiverged",
+    "check_finite",
+    "collapse_message",
+    "encoder_spec",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

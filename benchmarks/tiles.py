@@ -1,0 +1,247 @@
+"""Reading tiles from slides, side by side on one core.
+
+    python -m benchmarks.tiles --slides DIR [--tile-px 224] [--rounds 5] [--max-slides 4]
+
+Slides are opened beforehand; every round reads the same tiles by each way in turn, and each ratio
+is the median over the rounds (above 1, ours is faster). The last line is JSON:
+vs_openslide: chunks of 8×8 tiles cut by the reader ladder, against an OpenSlide call per tile;
+vs_openslide_unaligned: the same at 1.1 times the finest um/px, where both must resample;
+of_decode_limit: share of the speed at which libjpeg decodes the bare JPEG tiles of level 0;
+vs_ratiopath: against ratiopath's tile reader, null where it is not installed;
+pixels_equal: whether every aligned tile has OpenSlide's pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openslide
+
+from cytoray.errors import InputError, SlideError
+from cytoray.slides.chunks import Grid, SlideGrid, mask_indices, read_chunk
+from cytoray.slides.jpeg_tiles import tile_decoder
+from cytoray.slides.mpp import ResolvedMpp
+from cytoray.slides.reader import open_slide
+from cytoray.slides.readers_tiff import TiffReader
+
+try:
+    from ratiopath.tiling import (  # pyright: ignore[reportMissingImports]
+        read_slide_tiles as ratiopath_read,
+    )
+except ImportError:
+    ratiopath_read = None
+
+# At least the whole slide must be read once for a figure; above this it is cut short.
+MAX_CHUNKS_PER_SLIDE = 9
+UNALIGNED = 1.1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One slide with the chunks to read; mpp 1 stands for the slide's own scale."""
+
+    path: str
+    aligned: SlideGrid
+    unaligned: SlideGrid
+
+
+UNIT_MPP = ResolvedMpp(mpp_x=1.0, mpp_y=1.0, source="manifest")
+
+
+def find_subjects(folder: Path, tile_px: int, max_slides: int) -> list[Subject]:
+    """Slides of a folder that the fast reader serves, in alternating formats."""
+    subjects = []
+    for path in sorted(folder.iterdir()):
+        try:
+            with open_slide(str(path), reader="tiff") as slide:
+                size = slide.info.level_dimensions[0]
+            grids = [
+                SlideGrid.of(Grid(tile_px=tile_px, mpp=mpp), *size, UNIT_MPP)
+                for mpp in (1.0, UNALIGNED)
+            ]
+        except SlideError:
+            continue
+        subjects.append(Subject(str(path), *grids))
+        if len(subjects) == max_slides:
+            break
+    if not subjects:
+        raise InputError(f"no tiled JPEG slide in {folder}")
+    return subjects
+
+
+def chunks_of(layout: SlideGrid) -> list[tuple[int, int]]:
+    """The chunks to read, row by row."""
+    return list(layout.chunks())[:MAX_CHUNKS_PER_SLIDE]
+
+
+def tiles_of(layout: SlideGrid) -> Iterator[tuple[int, int]]:
+    """(x, y) in target pixels of every tile of the chunks to read."""
+    for column, row in chunks_of(layout):
+        for index in mask_indices(layout.valid_mask(column, row)):
+            x, y, _, _ = layout.tile_rect_px(column, row, int(index))
+            yield x, y
+
+
+def read_ours(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+    """Chunks through the reader ladder, cut into tiles of their own memory."""
+    slide = open_slide(path)
+
+    def read() -> list[np.ndarray]:
+        tiles = []
+        for column, row in chunks_of(layout):
+            chunk = read_chunk(slide, UNIT_MPP, layout.grid, column, row)
+            for index in mask_indices(layout.valid_mask(column, row)):
+                tiles.append(chunk.tile(int(index)).copy())
+        if isinstance(slide, TiffReader):
+            slide.clear_cache()
+        return tiles
+
+    return read
+
+
+def read_openslide(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+    """One OpenSlide call per tile, resized with OpenCV where the scale is not 1."""
+    slide = openslide.OpenSlide(path)
+    side, scale = layout.grid.tile_px, layout.scale_x
+    source_px = round(side * scale)
+
+    def read() -> list[np.ndarray]:
+        slide.set_cache(openslide.OpenSlideCache(256 << 20))
+        tiles = []
+        for x, y in tiles_of(layout):
+            corner = (round(x * scale), round(y * scale))
+            region = slide.read_region(corner, 0, (source_px, source_px)).convert("RGB")
+            tile = np.asarray(region)
+            if source_px != side:
+                tile = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
+            tiles.append(tile)
+        return tiles
+
+    return read
+
+
+def read_ratiopath(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+    """ratiopath's own tile reader, 64 tiles a batch as one of its Ray tasks would get."""
+    corners = list(tiles_of(layout))
+    side = layout.grid.tile_px
+
+    def read() -> list[np.ndarray]:
+        assert ratiopath_read is not None
+        tiles = []
+        for start in range(0, len(corners), 64):
+            part = corners[start : start + 64]
+            batch = {
+                "path": [path] * len(part),
+                "tile_x": [x for x, _ in part],
+                "tile_y": [y for _, y in part],
+                "level": [0] * len(part),
+                "tile_extent_x": [side] * len(part),
+                "tile_extent_y": [side] * len(part),
+            }
+            tiles += list(ratiopath_read(batch)["tile"])
+        return tiles
+
+    return read
+
+
+def decode_limit(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+    """Decode the JPEG tiles under the chunks into one buffer, from memory: (pixels,) is kept."""
+    with open_slide(path, reader="tiff") as slide:
+        assert isinstance(slide, TiffReader)
+        level = slide.levels[0]
+        needed = set()
+        for x, y in tiles_of(layout):
+            side = layout.grid.tile_px
+            for row in range(y // level.tile_height, (y + side - 1) // level.tile_height + 1):
+                for column in range(x // level.tile_width, (x + side - 1) // level.tile_width + 1):
+                    needed.add(row * level.columns + column)
+        streams = [slide.tile_stream(0, index) for index in sorted(needed)]
+    decode = tile_decoder()
+    buffer = np.empty((level.tile_height, level.tile_width, 3), np.uint8)
+
+    def read() -> list[np.ndarray]:
+        for stream in streams:
+            decode(stream, level.tables, level.is_ycbcr, buffer)
+        return [buffer]
+
+    return read
+
+
+def measure(ways: dict[str, list[Callable[[], list[np.ndarray]]]], rounds: int) -> dict:
+    """Seconds of every way in every round, ways interleaved: name to (rounds,)."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, readers in ways.items():
+            started = time.perf_counter()
+            for read in readers:
+                read()
+            if number:  # the first round warms the file cache
+                seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Measure, print a table, and a line of JSON."""
+    parser = argparse.ArgumentParser(description="Reading tiles, side by side.")
+    parser.add_argument("--slides", type=Path, required=True, help="folder of tiled JPEG slides")
+    parser.add_argument("--tile-px", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-slides", type=int, default=4)
+    options = parser.parse_args()
+    cv2.setNumThreads(1)
+    try:
+        subjects = find_subjects(options.slides, options.tile_px, options.max_slides)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    equal = all(
+        np.array_equal(ours, theirs)
+        for s in subjects
+        for ours, theirs in zip(
+            read_ours(s.path, s.aligned)(), read_openslide(s.path, s.aligned)(), strict=True
+        )
+    )
+    ways = {
+        "ours": [read_ours(s.path, s.aligned) for s in subjects],
+        "openslide": [read_openslide(s.path, s.aligned) for s in subjects],
+        "ours, unaligned": [read_ours(s.path, s.unaligned) for s in subjects],
+        "openslide, unaligned": [read_openslide(s.path, s.unaligned) for s in subjects],
+        "decode limit": [decode_limit(s.path, s.aligned) for s in subjects],
+    }
+    if ratiopath_read is not None:
+        ways["ratiopath"] = [read_ratiopath(s.path, s.aligned) for s in subjects]
+    seconds = measure(ways, options.rounds)
+    report(subjects, seconds, equal)
+
+
+def report(subjects: list[Subject], seconds: dict[str, np.ndarray], equal: bool) -> None:
+    """Print tiles per second of each way, then the ratios as JSON."""
+    aligned = sum(1 for s in subjects for _ in tiles_of(s.aligned))
+    unaligned = sum(1 for s in subjects for _ in tiles_of(s.unaligned))
+    print(f"{len(subjects)} slides, {aligned} tiles, {os.cpu_count()} cores (one used)")
+    for name, values in seconds.items():
+        count = unaligned if "unaligned" in name else aligned
+        print(f"{name:22s} {count / np.median(values):8.0f} tiles/s")
+
+    def ratio(slow: str, fast: str) -> float:
+        return round(float(np.median(seconds[slow] / seconds[fast])), 3)
+
+    result = {
+        "vs_openslide": ratio("openslide", "ours"),
+        "vs_openslide_unaligned": ratio("openslide, unaligned", "ours, unaligned"),
+        "of_decode_limit": ratio("decode limit", "ours"),
+        "vs_ratiopath": ratio("ratiopath", "ours") if "ratiopath" in seconds else None,
+        "pixels_equal": bool(equal),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

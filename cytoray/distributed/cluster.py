@@ -1,0 +1,148 @@
+"""Joining or starting a Ray cluster, and checking that a job fits before it starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from cytoray.errors import InputError
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+}
+_AUTH_TOKEN = Path("~/.ray/auth_token")
+
+
+def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
+    """Join the cluster at `address`, or start one on this machine; do nothing when connected.
+
+    Args:
+        address: `auto`, `HOST:PORT` or None. None starts a private cluster on this machine (or
+            joins the one a Ray job runs in, through `RAY_ADDRESS`).
+        num_cpus: logical CPUs of a cluster started here; default: the environment variable
+            `CYTORAY_NUM_CPUS`, else the cores this process may use.
+
+    Raises:
+        InputError: no cluster answers at `address`.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    options = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "cytoray"}
+    if address:
+        if _AUTH_TOKEN.expanduser().exists():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        try:
+            ray.init(address=address, **options)  # type: ignore[arg-type]
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"no Ray cluster answers at {address!r} ({str(error).strip().splitlines()[0]}); "
+                "start one with `ray start --head`, or leave --address out to run here"
+            ) from None
+    else:
+        cpus = num_cpus or int(os.environ.get("CYTORAY_NUM_CPUS", "0")) or _usable_cores()
+        ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What one part of a job must have at the same time as the other parts.
+
+    Attributes:
+        what: the part, in the user's words.
+        count: how many of them at least.
+        cpus: CPUs of each.
+        gpus: GPUs of each.
+    """
+
+    what: str
+    count: int
+    cpus: float
+    gpus: float = 0.0
+
+
+def check_fits(needs: list[Need], *, hint: str) -> None:
+    """Refuse a job whose parts cannot all run at once, which in Ray would hang without a word.
+
+    Args:
+        needs: everything that must run at the same time.
+        hint: how to make it fit, a sentence.
+
+    Raises:
+        InputError: says what is asked, what the cluster has and what is missing.
+    """
+    have = ray.cluster_resources()
+    problems = []
+    for kind, field in (("CPU", "cpus"), ("GPU", "gpus")):
+        wanted = sum(n.count * getattr(n, field) for n in needs)
+        there = have.get(kind, 0.0)
+        if wanted > there + 1e-6:
+            parts = ", ".join(
+                f"{n.count} x {n.what} ({getattr(n, field):g} {kind} each)"
+                for n in needs
+                if getattr(n, field) > 0
+            )
+            problems.append(
+                f"{kind}: {wanted:g} needed at once, the cluster has {there:g} "
+                f"({wanted - there:g} missing): {parts}"
+            )
+    if problems:
+        raise InputError(f"the cluster is too small for this job; {hint}", problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How a pretraining or embedding job spreads over the CPUs of the cluster.
+
+    Attributes:
+        cpus_per_worker: CPUs of each GPU (or CPU) training worker.
+        cpus_per_reader: CPUs of each reading actor.
+        min_readers: reading actors from the start.
+        max_readers: reading actors at most.
+        cpus_source: CPUs of the task that lists what to read.
+    """
+
+    cpus_per_worker: float
+    cpus_per_reader: float
+    min_readers: int
+    max_readers: int
+    cpus_source: float = 0.1
+
+
+def share_cpus(
+    total_cpus: float, workers: int, *, cpus_per_worker: float | None, max_readers: int | None
+) -> Share:
+    """Divide the CPUs: workers first, readers the rest, fractions on a small machine.
+
+    Args:
+        total_cpus: of the cluster.
+        workers: training workers.
+        cpus_per_worker: as asked; None: 1, or less where workers and readers need more than there
+            is (two workers on two cores take half a CPU each).
+        max_readers: as asked; None: as many as fit.
+    """
+    per_worker = cpus_per_worker
+    if per_worker is None:
+        per_worker = 1.0 if total_cpus >= 2 * workers else max(0.25, total_cpus / (2 * workers))
+    rest = total_cpus - workers * per_worker - 0.1
+    per_reader = 1.0 if rest >= 2 else 0.4
+    fit = max(1, int(rest / per_reader + 1e-9))
+    most = min(fit, max_readers) if max_readers else fit
+    return Share(
+        cpus_per_worker=per_worker,
+        cpus_per_reader=per_reader,
+        min_readers=1,
+        max_readers=max(1, most),
+    )

@@ -1,0 +1,252 @@
+"""Features of every kept tile: CPU actors read, encoder actors embed, a bag a slide is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from cytoray.distributed.tile_source import (
+    Positions,
+    pack_chunk,
+    quiet_data_context,
+    unpack_chunk,
+)
+from cytoray.errors import InputError
+from cytoray.mil import Bag, BagMeta, open_bags, write_bag
+from cytoray.models.encoder import Encoder, load_encoder
+from cytoray.progress import Progress
+from cytoray.slides import quarantine_row
+from cytoray.streaming.plan import ReadPlan
+from cytoray.streaming.tile_pixels import ChunkTiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderChoice:
+    """Which encoder embeds.
+
+    Attributes:
+        source: a folder written by `pretrain`, or a timm name.
+        pretrained: for a timm name: published weights, else random ones.
+    """
+
+    source: str
+    pretrained: bool = True
+
+    def load(self, device: str = "cpu") -> Encoder:
+        """Load it.
+
+        Raises:
+            InputError: no such encoder; near names are listed.
+        """
+        return load_encoder(self.source, pretrained=self.pretrained, device=device)
+
+
+class ReadChunks:
+    """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
+
+    def __init__(self, plan: list[Any]) -> None:
+        self.tiles = ChunkTiles(ray.get(plan[0]))
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for chunk in table.column("position").to_pylist():
+            yield pack_chunk(self.tiles.read(chunk))
+
+
+class EmbedChunks:
+    """Ray Data stage: tiles -> features float16 (n, D); pixels end here."""
+
+    def __init__(self, choice: EncoderChoice, use_gpu: bool, threads: int) -> None:
+        self.device = "cuda" if use_gpu else "cpu"
+        if not use_gpu:
+            torch.set_num_threads(threads)
+        self.encoder = choice.load(self.device)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for i in range(table.num_rows):
+            columns = unpack_chunk(table.slice(i, 1), 0, None)
+            pixels = columns.pop("pixels")
+            yield pack_chunk(columns | {"features": self.embed(pixels)})
+
+    @torch.inference_mode()
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (n, S, S, 3) -> float16 (n, D)."""
+        images = torch.from_numpy(pixels.copy()).to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            features = self.encoder(images)
+        return features.float().cpu().numpy().astype(np.float16)
+
+
+def embed_slides(
+    plan: ReadPlan,
+    choice: EncoderChoice,
+    bags: Path,
+    *,
+    progress: Progress,
+    use_gpu: bool,
+    num_encoders: int,
+) -> tuple[int, list[dict[str, Any]]]:
+    """Write a bag for every slide of the plan; a slide that has one of this encoder is passed over.
+
+    Args:
+        plan: what to read.
+        choice: the encoder.
+        bags: folder of the bags.
+        progress: shown while it runs.
+        use_gpu: one GPU for each encoder actor.
+        num_encoders: encoder actors.
+
+    Returns:
+        bags written now, and quarantine rows of tiles and slides that could not be read.
+    """
+    encoder = choice.load()
+    encoder_id = encoder.encoder_id
+    wanted = _slides_to_do(plan, bags, encoder_id)
+    total = plan.slides.num_rows
+    progress.update("slides", total - len(wanted), total, "slides")
+    if not wanted:
+        return 0, []
+    writer = _BagWriter(plan, bags, encoder_id, choice.source)
+    chunks = np.concatenate(
+        [np.arange(plan.first_chunk[s], plan.first_chunk[s + 1]) for s in wanted]
+    )
+    done = total - len(wanted)
+    tiles = 0
+    for columns in _stream(plan, chunks, choice, use_gpu, num_encoders):
+        tiles += len(columns["tile_id"])
+        done += writer.add(columns)
+        progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
+        progress.update("slides", done, total, "slides")
+    writer.finish()
+    return writer.written, writer.quarantine
+
+
+def _tiles(plan: ReadPlan, chunks: np.ndarray) -> int:
+    return int(np.bitwise_count(plan.keep_mask[chunks]).sum())
+
+
+def _slides_to_do(plan: ReadPlan, bags: Path, encoder_id: str) -> list[int]:
+    """Slide rows without a bag of this encoder and grid.
+
+    Raises:
+        InputError: the folder holds bags of another encoder or grid.
+    """
+    have: set[str] = set()
+    if bags.is_dir() and any(bags.glob("slide_id=*/bag.parquet")):
+        store = open_bags(bags)
+        meta = store.info(store.slide_ids[0]).meta
+        now = (encoder_id, plan.tile_px, plan.mpp)
+        if (meta.encoder_id, meta.tile_px, meta.mpp) != now:
+            raise InputError(
+                f"{bags} holds bags of encoder {meta.encoder_id} with {meta.tile_px} px tiles at "
+                f"{meta.mpp:g} um/px, this run makes {now[0]}, {now[1]} px, {now[2]:g}; choose "
+                "another --out"
+            )
+        have = set(store.slide_ids)
+    ids = plan.slides.column("slide_id").to_pylist()
+    return [i for i, slide_id in enumerate(ids) if slide_id not in have]
+
+
+def _stream(
+    plan: ReadPlan, chunks: np.ndarray, choice: EncoderChoice, use_gpu: bool, num_encoders: int
+) -> Iterator[dict[str, np.ndarray]]:
+    context = ray.data.DataContext.get_current()
+    quiet_data_context()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 1  # one chunk to a block
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    encoder_cpus = 1.0 if use_gpu else max(0.5, (cpus - 0.6) / num_encoders)
+    rest = cpus - 0.1 - num_encoders * encoder_cpus
+    reader_cpus = 1.0 if rest >= 2 else 0.4
+    readers = max(1, int(rest / reader_cpus + 1e-6))
+    reference = [ray.put(replace(plan, chunk_numbers=chunks))]
+    dataset = ray.data.read_datasource(
+        Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1
+    ).map_batches(
+        ReadChunks,  # type: ignore[arg-type]
+        fn_constructor_args=(reference,),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=reader_cpus,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers),
+    )
+    dataset = dataset.map_batches(
+        EmbedChunks,  # type: ignore[arg-type]
+        fn_constructor_args=(choice, use_gpu, max(1, round(encoder_cpus))),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=encoder_cpus,
+        num_gpus=1 if use_gpu else None,
+        compute=ray.data.ActorPoolStrategy(size=num_encoders),
+    )
+    tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    for table in tables:
+        for i in range(table.num_rows):
+            yield unpack_chunk(table.slice(i, 1), 0, None)
+
+
+class _BagWriter:
+    """Collects the chunks of one slide after another and writes each bag when it is whole."""
+
+    def __init__(self, plan: ReadPlan, bags: Path, encoder_id: str, encoder_name: str) -> None:
+        self.plan, self.bags = plan, bags
+        self.encoder_id, self.encoder_name = encoder_id, encoder_name
+        self.written = 0
+        self.quarantine: list[dict[str, Any]] = []
+        self._slide = -1
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def add(self, columns: dict[str, np.ndarray]) -> int:
+        """Take a chunk (they come in slide order); returns slides finished by this call."""
+        slide = int(columns["slide"][0])
+        finished = 0
+        if slide != self._slide and self._slide >= 0:
+            finished = self._write()
+        self._slide = slide
+        self._parts.append(columns)
+        return finished
+
+    def finish(self) -> int:
+        """Write the last slide."""
+        return self._write() if self._slide >= 0 else 0
+
+    def _write(self) -> int:
+        columns = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
+        self._parts = []
+        row = {
+            name: self.plan.slides.column(name)[self._slide].as_py()
+            for name in ("slide_id", "path", "mpp_x")
+        }
+        good = columns["error"] == ""
+        for i in np.flatnonzero(~good):
+            self._refuse(row, str(columns["tile_id"][i]), str(columns["error"][i]))
+        if not good.any():
+            self._refuse(row, "", "not one tile could be read, no bag was written")
+            return 0
+        meta = BagMeta(
+            slide_id=row["slide_id"],
+            tile_px=self.plan.tile_px,
+            mpp=self.plan.mpp,
+            tile_size_level0=self.plan.tile_px * self.plan.mpp / row["mpp_x"],
+            encoder_id=self.encoder_id,
+            encoder_name=self.encoder_name,
+        )
+        ids = tuple(columns["tile_id"][good].tolist())
+        corner = columns["corner_level0"][good]
+        write_bag(self.bags, Bag(columns["features"][good], corner, meta, ids))
+        self.written += 1
+        return 1
+
+    def _refuse(self, row: dict[str, Any], region: str, message: str) -> None:
+        self.quarantine.append(
+            quarantine_row(
+                row["slide_id"], row["path"], "embed", "decode_error", message, region=region
+            )
+        )

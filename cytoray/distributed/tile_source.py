@@ -1,0 +1,153 @@
+"""The stream of chunks: positions in, one block of ready tiles a chunk out, in reading order."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from cytoray.distributed.cluster import Share
+from cytoray.streaming import ChunkOrder
+from cytoray.streaming.tiles import TileReader, TileReaderConfig
+
+_POSITIONS_PER_LIST_TASK = 100_000
+
+
+class Positions(Datasource):
+    """Positions [start, stop), one to a block; a list task makes 100,000 of them as a stream."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self._range = (start, stop)
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * (self._range[1] - self._range[0])
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        start, stop = self._range
+        return [
+            _positions_task(low, min(low + _POSITIONS_PER_LIST_TASK, stop))
+            for low in range(start, stop, _POSITIONS_PER_LIST_TASK)
+        ]
+
+
+def _positions_task(low: int, high: int) -> ReadTask:
+    def make() -> Iterator[pa.Table]:
+        for position in range(low, high):
+            yield pa.table({"position": pa.array([position], pa.int64())})
+
+    metadata = BlockMetadata(
+        num_rows=high - low, size_bytes=8 * (high - low), input_files=None, exec_stats=None
+    )
+    return ReadTask(make, metadata)
+
+
+class ReadTiles:
+    """Ray Data stage: a position -> one row holding all tiles of its chunk.
+
+    Columns in: `position` int64. Columns out: those of `TileReader.read`, each packed into one
+    value (`pack_chunk`), so that a block is a chunk and crosses to the workers without a copy.
+    """
+
+    def __init__(self, plan: list[Any], order: ChunkOrder, config: TileReaderConfig) -> None:
+        self.reader = TileReader(ray.get(plan[0]), order, config)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for position in table.column("position").to_pylist():
+            yield pack_chunk(self.reader.read(position))
+
+
+def pack_chunk(columns: dict[str, np.ndarray]) -> pa.Table:
+    """Columns of n tiles as an Arrow table of one row: numbers as bytes, strings as lists."""
+    packed = {}
+    for name, values in columns.items():
+        if values.dtype.kind == "U":
+            packed[name] = pa.array([values.tolist()], pa.list_(pa.string()))
+        else:
+            data = np.ascontiguousarray(values).data.cast("B")
+            kind = json.dumps([values.dtype.str, list(values.shape)])
+            packed[f"{name}|{kind}"] = pa.array([data], pa.large_binary())
+    return pa.table(packed)
+
+
+def unpack_chunk(table: pa.Table, start: int, stop: int | None) -> dict[str, np.ndarray]:
+    """Tiles [start, stop) of a packed chunk (None: to its end).
+
+    Numbers are read-only views of the block, nothing is copied.
+    """
+    columns = {}
+    for field_name in table.column_names:
+        value = table.column(field_name)[0]
+        name, _, kind = field_name.partition("|")
+        if kind:
+            dtype, shape = json.loads(kind)
+            columns[name] = np.frombuffer(value.as_buffer(), dtype).reshape(shape)[start:stop]
+        else:
+            columns[name] = np.array(value.as_py()[start:stop], dtype=np.str_)
+    return columns
+
+
+def tile_blocks(
+    plan: list[Any],
+    order: ChunkOrder,
+    config: TileReaderConfig,
+    share: Share,
+    *,
+    start: int,
+    stop: int,
+    reserved_cpus: float,
+    reserved_gpus: float,
+) -> Iterator[Any]:
+    """Run the stream: one block reference a position, in reading order.
+
+    Args:
+        plan: a one-element list holding the object reference of the `ReadPlan`.
+        order: reading order.
+        config: what to do to each tile.
+        share: CPUs of the stages.
+        start: first position.
+        stop: position after the last.
+        reserved_cpus: CPUs that training workers hold, not to be planned with.
+        reserved_gpus: likewise.
+    """
+    context = ray.data.DataContext.get_current()
+    quiet_data_context()
+    context.execution_options.preserve_order = True
+    context.execution_options.exclude_resources = type(context.execution_options.exclude_resources)(
+        cpu=reserved_cpus, gpu=reserved_gpus
+    )
+    context.target_max_block_size = 1  # one row, and so one chunk, to a block
+    dataset = ray.data.read_datasource(
+        Positions(start, stop), num_cpus=share.cpus_source, override_num_blocks=1
+    ).map_batches(
+        ReadTiles,  # type: ignore[arg-type]
+        fn_constructor_args=(plan, order, config),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=share.cpus_per_reader,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=share.min_readers, max_size=share.max_readers, max_tasks_in_flight_per_actor=2
+        ),
+    )
+    for bundle in dataset.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            yield entry.ref
+
+
+def quiet_data_context() -> None:
+    """Settings every dataset of ours runs under; called in the process that executes it."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = -1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

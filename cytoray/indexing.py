@@ -1,0 +1,241 @@
+"""Index one slide: open it, settle its scale, find the foreground, detect the nuclei.
+
+The result of a slide is one Parquet part, `nuclei/<slide_id>.parquet`, whose metadata holds the
+slide's row of the slide table and its quarantine rows: whole or absent, so that a run that was
+killed goes on with the slides that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cytoray.errors import InputError, SlideError
+from cytoray.io import atomic_write_bytes
+from cytoray.nuclei import build_detector, read_part_metadata, write_nuclei
+from cytoray.report import qc_images
+from cytoray.slides import (
+    DEFAULT_KEEP_SHARE,
+    Grid,
+    SlideGrid,
+    SlideReader,
+    chunk_id,
+    fingerprint,
+    mask_indices,
+    open_slide,
+    quarantine_row,
+    read_chunk,
+    resolve_mpp,
+    row_from_error,
+    slide_foreground,
+    tile_id,
+)
+from cytoray.slides.slide_table import STATUS_OK, describe_slide
+from cytoray.streaming.chunk_nuclei import chunk_core_px, detect_in_chunk, halo_px
+
+_THUMBNAIL_PX = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """What indexing does to every slide.
+
+    Attributes:
+        grid: tile size and mpp.
+        detector: name of the nuclei detector; `none` skips detection.
+        detector_kwargs: its options.
+        keep_share: a tile is kept when at least this share of it is foreground.
+        trust_manifest_mpp: let the manifest overrule a file that contradicts it.
+        reader: `auto`, or a reader's name to insist on.
+    """
+
+    grid: Grid
+    detector: str = "classical"
+    detector_kwargs: dict[str, Any] = field(default_factory=dict)
+    keep_share: float = DEFAULT_KEEP_SHARE
+    trust_manifest_mpp: bool = False
+    reader: str = "auto"
+
+
+@dataclass
+class IndexedSlide:
+    """A slide's row of the slide table and the quarantine rows it caused."""
+
+    row: dict[str, Any]
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.row["status"] == STATUS_OK
+
+
+class SlideIndexer:
+    """Indexes slides one after another; holds the detector."""
+
+    def __init__(self, settings: IndexSettings, out: str | Path) -> None:
+        self.settings = settings
+        self.out = Path(out)
+        self.detect = (
+            None
+            if settings.detector == "none"
+            else build_detector(settings.detector, **settings.detector_kwargs)
+        )
+
+    def __call__(self, entry: dict[str, Any]) -> IndexedSlide:
+        """Index one slide of the manifest; a slide that cannot be used comes back quarantined.
+
+        Args:
+            entry: a manifest row with canonical columns (`slide_id`, `path`, `mpp`, ...).
+        """
+        try:
+            indexed, nuclei = self._index(entry)
+        except InputError:
+            raise
+        except SlideError as error:
+            return refused(entry, error, self.settings, self.out)
+        except Exception as error:  # a library's own failure on one slide must not end the run
+            problem = SlideError("unexpected", f"{type(error).__name__}: {error}")
+            return refused(entry, problem, self.settings, self.out)
+        part = part_path(self.out, entry["slide_id"])
+        _write_part(part, indexed, nuclei, self.settings.detector)
+        return indexed
+
+    def _index(self, entry: dict[str, Any]) -> tuple[IndexedSlide, np.ndarray]:
+        settings = self.settings
+        with open_slide(entry["path"], reader=settings.reader) as reader:
+            info = reader.info
+            scale = resolve_mpp(
+                info, entry.get("mpp"), trust_manifest_mpp=settings.trust_manifest_mpp
+            )
+            layout = SlideGrid.of(settings.grid, info.width_px_level0, info.height_px_level0, scale)
+            foreground = slide_foreground(reader, layout, keep_share=settings.keep_share)
+            row = plain_entry(entry) | describe_slide(info, scale, layout, foreground)
+            nuclei, problems, keep = self._nuclei(
+                reader, layout, scale, entry, foreground.keep_masks
+            )
+            kept = sum(mask.bit_count() for mask in keep)
+            if not kept:
+                raise SlideError("decode_error", "not one tile with cells could be decoded")
+            if self.detect and not len(nuclei):
+                raise SlideError("no_nuclei", "there is foreground, but not one nucleus was found")
+            row |= {
+                "status": STATUS_OK,
+                "keep_masks": keep,
+                "num_tiles": kept,
+                "num_nuclei": len(nuclei) if self.detect else None,
+            }
+            self._write_pictures(reader, entry["slide_id"], foreground.mask, nuclei)
+        return IndexedSlide(row, problems), nuclei
+
+    def _nuclei(
+        self,
+        reader: SlideReader,
+        layout: SlideGrid,
+        scale: Any,
+        entry: dict[str, Any],
+        keep: list[int],
+    ) -> tuple[np.ndarray, list[dict[str, Any]], list[int]]:
+        """Nuclei of all chunks with foreground; tiles that cannot be decoded are taken out."""
+        found: list[np.ndarray] = [np.zeros((0, 4), np.float32)]
+        problems: list[dict[str, Any]] = []
+        keep = list(keep)
+        grid = self.settings.grid
+        for index, mask in enumerate(keep):
+            if not mask or self.detect is None:
+                continue
+            chunk = read_chunk(
+                reader, scale, grid, *layout.chunk_at(index), halo_px=halo_px(grid.mpp)
+            )
+            for tile in mask_indices(mask).tolist():
+                if tile in chunk.bad_tiles:
+                    keep[index] &= ~(1 << tile)
+                    chunk_name = chunk_id(entry["slide_id"], grid, *layout.chunk_at(index))
+                    name = tile_id(chunk_name, tile)
+                    problems.append(
+                        quarantine_row(
+                            entry["slide_id"],
+                            entry["path"],
+                            "index",
+                            "decode_error",
+                            chunk.bad_tiles[tile],
+                            region=name,
+                        )
+                    )
+            found.append(
+                detect_in_chunk(
+                    self.detect,
+                    chunk,
+                    core_px=chunk_core_px(chunk, grid),
+                    mpp=grid.mpp,
+                    mpp_slide=(scale.mpp_x, scale.mpp_y),
+                )
+            )
+        return np.concatenate(found), problems, keep
+
+    def _write_pictures(
+        self, reader: SlideReader, slide_id: str, mask: np.ndarray, nuclei: np.ndarray
+    ) -> None:
+        thumbnail = reader.thumbnail(_THUMBNAIL_PX)
+        scale = thumbnail.shape[1] / reader.info.width_px_level0
+        for name, data in qc_images(thumbnail, mask, nuclei[:, :2] * scale).items():
+            atomic_write_bytes(self.out / "qc" / f"{slide_id}.{name}.jpg", data)
+
+
+def plain_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """The slide's own columns of the manifest; its scale and plane are settled elsewhere."""
+    row = {name: value for name, value in entry.items() if name not in ("mpp", "z")}
+    row["file_size_bytes"], row["file_mtime_ns"] = fingerprint(entry["path"])
+    return row
+
+
+def refused(
+    entry: dict[str, Any], error: SlideError, settings: IndexSettings, out: Path
+) -> IndexedSlide:
+    """Quarantine a whole slide: write its part with the reason and no nuclei."""
+    row = plain_entry(entry) | {"status": error.code}
+    problem = row_from_error(entry["slide_id"], entry["path"], "index", error)
+    indexed = IndexedSlide(row, [problem])
+    none = np.zeros((0, 4), np.float32)
+    _write_part(part_path(out, entry["slide_id"]), indexed, none, settings.detector)
+    return indexed
+
+
+def _write_part(part: Path, indexed: IndexedSlide, nuclei: np.ndarray, detector: str) -> None:
+    metadata = {
+        "row": json.dumps(indexed.row),
+        "quarantine": json.dumps(indexed.quarantine, default=datetime.isoformat),
+    }
+    write_nuclei(part, indexed.row["slide_id"], nuclei, detector, metadata)
+
+
+def part_path(out: str | Path, slide_id: str) -> Path:
+    """Where a slide's nuclei and its row are kept."""
+    return Path(out) / "nuclei" / f"{slide_id}.parquet"
+
+
+def read_indexed(part: Path) -> IndexedSlide | None:
+    """The row kept in a finished part, or None when there is none."""
+    if not part.exists():
+        return None
+    metadata = read_part_metadata(part)
+    problems = json.loads(metadata["quarantine"])
+    for problem in problems:
+        problem["time_utc"] = datetime.fromisoformat(problem["time_utc"])
+    return IndexedSlide(json.loads(metadata["row"]), problems)
+
+
+def is_finished(out: str | Path, entry: dict[str, Any]) -> bool:
+    """Whether the slide was indexed without fault and its file is the one that was read.
+
+    A slide that was quarantined is tried again: the file may have been mended.
+    """
+    indexed = read_indexed(part_path(out, entry["slide_id"]))
+    if indexed is None or not indexed.ok or indexed.row["path"] != entry["path"]:
+        return False
+    known = (indexed.row["file_size_bytes"], indexed.row["file_mtime_ns"])
+    return known == fingerprint(entry["path"])

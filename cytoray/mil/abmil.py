@@ -1,0 +1,88 @@
+"""Attention-based MIL (Ilse et al. 2018): h = ReLU(Wx), a = softmax_N(score(h)), z = sum a h.
+
+Shapes: B bags, T instances of all bags together, H hidden width, L attention width, K heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cytoray.mil.base import Aggregator, MILOutput
+from cytoray.mil.packing import segment_softmax, segment_sum
+
+
+class AttentionScorer(nn.Module):
+    """Instance scores w.(tanh(Vh) * sigmoid(Uh)), or w.tanh(Vh) without the gate: (T, H) to (T, K).
+
+    Args:
+        hidden_dim: H.
+        attention_dim: L.
+        gated: multiply by the sigmoid gate (eq. 9 of the paper; eq. 8 without).
+        dropout: after each of the two branches.
+        heads: K score columns.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        attention_dim: int,
+        *,
+        gated: bool = True,
+        dropout: float = 0.0,
+        heads: int = 1,
+    ) -> None:
+        super().__init__()
+        self.value = nn.Linear(hidden_dim, attention_dim)
+        self.gate = nn.Linear(hidden_dim, attention_dim) if gated else None
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(attention_dim, heads)
+
+    def forward(self, hidden_th: Tensor) -> Tensor:
+        """Scores (T, K) before the softmax."""
+        branch_tl = self.dropout(torch.tanh(self.value(hidden_th)))
+        if self.gate is not None:
+            branch_tl = branch_tl * self.dropout(torch.sigmoid(self.gate(hidden_th)))
+        return self.score(branch_tl)
+
+
+def attention_pool(hidden_th: Tensor, scores_t: Tensor, ids: Tensor, num_bags: int):
+    """Softmax the scores within each bag and sum the instances: ((B, H), attention (T,))."""
+    attention_t = segment_softmax(scores_t, ids, num_bags)
+    weighted_th = attention_t.to(hidden_th.dtype)[:, None] * hidden_th
+    return segment_sum(weighted_th, ids, num_bags), attention_t
+
+
+class ABMIL(Aggregator):
+    """Attention-based MIL.
+
+    Args:
+        in_dim: width D of the instance features.
+        num_classes: C.
+        hidden_dim: H; the paper uses 500.
+        attention_dim: L.
+        gated: the gated form of the attention.
+        dropout: on the hidden features and in the attention branches.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        *,
+        hidden_dim: int = 512,
+        attention_dim: int = 128,
+        gated: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_dim, num_classes)
+        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
+        self.attention = AttentionScorer(hidden_dim, attention_dim, gated=gated, dropout=dropout)
+        self.classifier = nn.Linear(hidden_dim, num_classes)
+
+    def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
+        """See `Aggregator.aggregate`."""
+        hidden_th = self.embed(features)
+        scores_t = self.attention(hidden_th)[:, 0]
+        pooled_bh, attention_t = attention_pool(hidden_th, scores_t, ids, offsets.shape[0] - 1)
+        return MILOutput(self.classifier(pooled_bh), attention_t.detach())

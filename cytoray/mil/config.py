@@ -1,0 +1,124 @@
+"""What one MIL trial is: aggregator, adaptation and training, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cytoray.errors import raise_problems
+from cytoray.mil.aggregators import AGGREGATORS
+from cytoray.mil.base import options_of
+from cytoray.models.lora import TARGETS
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MILConfig:
+    """One MIL trial.
+
+    Attributes:
+        aggregator: a key of `AGGREGATORS`.
+        options: the aggregator's own keyword options, besides dropout.
+        dropout: of the aggregator.
+        lr: of the aggregator.
+        weight_decay: of the aggregator.
+        epochs: at most.
+        patience: stop after so many epochs without a better validation AUC (0: never).
+        batch_bags: bags a step.
+        max_instances: instances of a bag used in a training step, drawn anew each epoch.
+        warmup_share: share of all steps with rising learning rate, cosine to `min_lr` afterwards.
+        min_lr: where the cosine ends.
+        clip_grad: largest gradient norm (0: no limit).
+        class_weighting: weigh classes by their inverse frequency in the training bags.
+        seed: of initialisation, order, sampling and dropout.
+        lora_rank: rank of the encoder's adaptation; 0 leaves the encoder as it is.
+        lora_targets: any of q, k, v, o.
+        lora_alpha: scale of the update, alpha / sqrt(rank).
+        lora_dropout: on the input of A.
+        lora_lr: of A and B.
+        lora_weight_decay: of A and B.
+        tiles_per_bag: tiles of a bag that go through the encoder in a LoRA training step.
+        eval_tiles: tiles of a bag that are embedded to evaluate a LoRA trial, evenly spread.
+        batch_tiles: tiles a forward when embedding without gradient.
+        warm_start_epochs: epochs on frozen features before LoRA starts (0: none).
+        augment: flip and rotate LoRA training tiles.
+        gradient_checkpointing: trade time for memory in the encoder.
+        precision: of the encoder in a LoRA trial; auto is bf16 on a GPU, else fp32.
+    """
+
+    aggregator: str = "abmil"
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    dropout: float = 0.25
+    lr: float = 5e-4
+    weight_decay: float = 1e-4
+    epochs: int = 50
+    patience: int = 10
+    batch_bags: int = 8
+    max_instances: int = 4096
+    warmup_share: float = 0.05
+    min_lr: float = 1e-6
+    clip_grad: float = 5.0
+    class_weighting: bool = True
+    seed: int = 0
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("q", "v")
+    lora_alpha: float = 1.0
+    lora_dropout: float = 0.25
+    lora_lr: float = 1e-3
+    lora_weight_decay: float = 1e-2
+    tiles_per_bag: int = 32
+    eval_tiles: int = 512
+    batch_tiles: int = 128
+    warm_start_epochs: int = 10
+    augment: bool = True
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        problems = [*self._choice_problems(), *self._number_problems()]
+        raise_problems("the MIL trial's config does not fit:", problems)
+
+    def _choice_problems(self) -> list[str]:
+        problems = []
+        if self.aggregator not in AGGREGATORS:
+            problems.append(
+                f"aggregator {self.aggregator!r} is unknown; valid: {', '.join(AGGREGATORS)}"
+            )
+        else:
+            valid = [n for n in options_of(AGGREGATORS[self.aggregator]) if n != "dropout"]
+            problems += [
+                f"options.{name} is not one of {self.aggregator}'s; valid: {', '.join(valid)}"
+                for name in self.options
+                if name not in valid
+            ]
+        if self.precision not in PRECISIONS:
+            problems.append(f"precision {self.precision!r}; valid: {', '.join(PRECISIONS)}")
+        wrong = [target for target in self.lora_targets if target not in TARGETS]
+        if wrong or not self.lora_targets:
+            problems.append(f"lora_targets {self.lora_targets}; any of {', '.join(TARGETS)}")
+        return problems
+
+    def _number_problems(self) -> list[str]:
+        at_least_one = ("epochs", "batch_bags", "max_instances", "tiles_per_bag", "eval_tiles")
+        problems = [
+            f"{name} is {getattr(self, name)}; it must be 1 or more"
+            for name in (*at_least_one, "batch_tiles")
+            if getattr(self, name) < 1
+        ]
+        not_negative = ("patience", "weight_decay", "lora_weight_decay", "min_lr", "clip_grad")
+        problems += [
+            f"{name} is {getattr(self, name)}; it must be 0 or more"
+            for name in (*not_negative, "seed", "lora_rank", "warm_start_epochs")
+            if getattr(self, name) < 0
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}; it must be above 0"
+            for name in ("lr", "lora_lr", "lora_alpha")
+            if not getattr(self, name) > 0
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}; it must be from 0 to below 1"
+            for name in ("dropout", "lora_dropout", "warmup_share")
+            if not 0 <= getattr(self, name) < 1
+        ]
+        return problems

@@ -1,0 +1,29 @@
+"""Mean pooling: the baseline every table needs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cytoray.mil.base import Aggregator, MILOutput
+from cytoray.mil.packing import segment_mean
+
+
+class MeanPool(Aggregator):
+    """Linear classifier on the mean of a bag's features; every instance weighs 1/N.
+
+    Args:
+        in_dim: width D of the instance features.
+        num_classes: C.
+        dropout: on the pooled features.
+    """
+
+    def __init__(self, in_dim: int, num_classes: int, *, dropout: float = 0.0) -> None:
+        super().__init__(in_dim, num_classes)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(in_dim, num_classes)
+
+    def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
+        """See `Aggregator.aggregate`."""
+        pooled_bd = segment_mean(features, offsets, ids)
+        attention = (1.0 / offsets.diff().float())[ids]
+        return MILOutput(self.classifier(self.dropout(pooled_bd)), attention)

@@ -1,0 +1,317 @@
+"""A MIL trial end to end: tiles through a LoRA-adapted encoder into an aggregator.
+
+Shapes: k tiles, S tile side in pixels, D width of the encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cytoray.errors import InputError, raise_problems
+from cytoray.mil.base import Aggregator
+from cytoray.mil.config import MILConfig
+from cytoray.mil.packing import PackedBags, pack
+from cytoray.mil.train import LabelledBag, epoch_order, predict, train_frozen
+from cytoray.mil.trial import (
+    MILResult,
+    OnEpoch,
+    Trial,
+    aggregator_of,
+    check_labels,
+    cpu_copy,
+    seeded,
+)
+from cytoray.models.lora import add_lora, lora_state_dict, set_lora_training, trainable_parameters
+
+
+class TileSource(Protocol):
+    """Where a trial gets its pixels from."""
+
+    def num_tiles(self, slide_id: str) -> int:
+        """How many tiles the slide's bag has."""
+        ...
+
+    def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Pixels of the tiles at `indices` (k,), each in 0..num_tiles-1: uint8 (k, S, S, 3)."""
+        ...
+
+
+class ArrayTileSource:
+    """Tiles held in memory.
+
+    Args:
+        tiles: uint8 (N, S, S, 3) of each slide.
+    """
+
+    def __init__(self, tiles: Mapping[str, np.ndarray]) -> None:
+        self.tiles = tiles
+
+    def num_tiles(self, slide_id: str) -> int:
+        """See `TileSource`."""
+        return len(self.tiles[slide_id])
+
+    def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """See `TileSource`."""
+        return self.tiles[slide_id][indices]
+
+
+def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
+    """Autocast to bf16, or nothing; `auto` is bf16 on a GPU."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def spread_indices(num_tiles: int, limit: int) -> np.ndarray:
+    """At most `limit` tile indices, evenly spread over the bag: (k,) int64."""
+    return np.linspace(0, num_tiles - 1, min(limit, num_tiles)).round().astype(np.int64)
+
+
+def turn_and_flip(tiles: Tensor, rng: np.random.Generator) -> Tensor:
+    """Give each square tile (k, S, S, 3) one of the eight turns and flips at random."""
+    which = torch.from_numpy(rng.integers(0, 8, tiles.shape[0])).to(tiles.device)
+    out = tiles.clone()
+    for variant in range(1, 8):
+        chosen = which == variant
+        turned = torch.rot90(tiles[chosen], variant % 4, dims=(1, 2))
+        out[chosen] = turned.flip(2) if variant >= 4 else turned
+    return out
+
+
+@torch.no_grad()
+def embed_tiles(
+    encoder: nn.Module,
+    tile_source: TileSource,
+    slide_id: str,
+    indices: np.ndarray,
+    *,
+    batch_tiles: int = 128,
+    precision: str = "auto",
+    rng: np.random.Generator | None = None,
+) -> Tensor:
+    """Features of some tiles of a slide, in batches: (k, D) float32 on the CPU.
+
+    Args:
+        encoder: uint8 (B, H, W, 3) to (B, D); its mode is left as it is.
+        tile_source: gives the pixels, one batch at a time.
+        slide_id: the slide.
+        indices: (k,) tiles, k >= 1.
+        batch_tiles: tiles a forward.
+        precision: `auto`, `fp32` or `bf16`.
+        rng: handed to the tile source.
+    """
+    device = next(encoder.parameters()).device
+    rng = rng or np.random.default_rng(0)
+    features = []
+    for start in range(0, len(indices), batch_tiles):
+        pixels = tile_source(slide_id, indices[start : start + batch_tiles], rng)
+        with precision_context(precision, device):
+            features.append(encoder(torch.from_numpy(pixels).to(device)).float().cpu())
+    return torch.cat(features)
+
+
+def backbone_of(encoder: nn.Module) -> nn.Module:
+    """The timm model inside an encoder: its `backbone` or `model`.
+
+    Raises:
+        InputError: it has neither.
+    """
+    for name in ("backbone", "model"):
+        module = getattr(encoder, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise InputError(
+        f"{type(encoder).__name__} holds no timm model as `backbone` or `model`, so LoRA has "
+        "nothing to adapt; make it with load_encoder"
+    )
+
+
+def adapt_encoder(encoder: nn.Module, config: MILConfig) -> nn.Module:
+    """A frozen copy of `encoder` with the LoRA layers of `config`, in evaluation mode."""
+    adapted = copy.deepcopy(encoder).eval()
+    adapted.requires_grad_(False)
+    backbone = backbone_of(adapted)
+    add_lora(
+        backbone,
+        config.lora_rank,
+        targets=config.lora_targets,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+    )
+    if config.gradient_checkpointing:
+        backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    return adapted
+
+
+def train_lora(
+    config: MILConfig,
+    encoder: nn.Module,
+    tile_source: TileSource,
+    train_ids: Sequence[str],
+    train_labels: Sequence[int],
+    val_ids: Sequence[str],
+    val_labels: Sequence[int],
+    num_classes: int,
+    on_epoch: OnEpoch | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> MILResult:
+    """Train an aggregator and the encoder's LoRA layers together; `encoder` is not changed.
+
+    The aggregator first learns on frozen features (`warm_start_epochs`), so that the encoder is
+    not led by a head that knows nothing; that state counts as epoch 0. Then each step draws
+    `tiles_per_bag` tiles of each bag afresh, and the gradient goes through the encoder.
+
+    Args:
+        config: the trial.
+        encoder: has a timm ViT as `.backbone` or `.model`, and maps uint8 (B, H, W, 3) to (B, D).
+        tile_source: see `TileSource`.
+        train_ids, train_labels: slides to train on and their labels in 0..C-1.
+        val_ids, val_labels: slides to choose the epoch by.
+        num_classes: C.
+        on_epoch: called with each epoch's record; a true answer stops the trial.
+        device: to train on.
+
+    Raises:
+        InputError: labels that do not fit, a slide without tiles, or a loss that is not finite.
+    """
+    device = torch.device(device)
+    check_labels(train_labels, val_labels, num_classes)
+    _check_tiles(tile_source, [*train_ids, *val_ids])
+    with seeded(config.seed, device):
+        adapted = adapt_encoder(encoder, config).to(device)
+        session = _LoraSession(config, adapted, tile_source, device)
+        train_set = (list(train_ids), np.asarray(train_labels, dtype=np.int64))
+        val_set = (list(val_ids), np.asarray(val_labels, dtype=np.int64))
+        return session.run(train_set, val_set, num_classes, on_epoch)
+
+
+def _check_tiles(tile_source: TileSource, slide_ids: Sequence[str]) -> None:
+    problems = [
+        f"slide {slide_id} has no tile"
+        for slide_id in slide_ids
+        if tile_source.num_tiles(slide_id) < 1
+    ]
+    raise_problems("these slides cannot be used; leave them out:", problems)
+
+
+class _LoraSession:
+    """One LoRA trial under way: the adapted encoder, and how tiles become packed bags."""
+
+    def __init__(
+        self,
+        config: MILConfig,
+        encoder: nn.Module,
+        tile_source: TileSource,
+        device: torch.device,
+    ) -> None:
+        self.config, self.encoder, self.device = config, encoder, device
+        self.tile_source = tile_source
+        self.backbone = backbone_of(encoder)
+
+    def embed(self, slide_id: str, limit: int) -> Tensor:
+        """Features of at most `limit` tiles of a slide, evenly spread, without gradient."""
+        set_lora_training(self.backbone, False)
+        indices = spread_indices(self.tile_source.num_tiles(slide_id), limit)
+        return embed_tiles(
+            self.encoder,
+            self.tile_source,
+            slide_id,
+            indices,
+            batch_tiles=self.config.batch_tiles,
+            precision=self.config.precision,
+        )
+
+    def sample(self, slide_ids: Sequence[str], rng: np.random.Generator) -> PackedBags:
+        """Fresh tiles of each slide through the encoder, with gradient."""
+        counts, pixels = [], []
+        for slide_id in slide_ids:
+            num_tiles = self.tile_source.num_tiles(slide_id)
+            size = min(self.config.tiles_per_bag, num_tiles)
+            chosen = np.sort(rng.choice(num_tiles, size, replace=False))
+            pixels.append(torch.from_numpy(self.tile_source(slide_id, chosen, rng)))
+            counts.append(size)
+        tiles = torch.cat(pixels).to(self.device)
+        if self.config.augment:
+            tiles = turn_and_flip(tiles, rng)
+        set_lora_training(self.backbone, True)  # until the next embed: checkpoints recompute
+        with precision_context(self.config.precision, self.device):
+            features = self.encoder(tiles)
+        if self.config.lora_rank and not features.requires_grad:
+            raise InputError(
+                "this encoder gives features without gradient, so LoRA cannot learn: its forward "
+                "must not run under torch.no_grad"
+            )
+        return pack(features.float().split(counts)).to(self.device)
+
+    def warm_start(self, train_set, val_set, num_classes: int) -> dict[str, Tensor]:
+        """An aggregator's state after some epochs on frozen features."""
+        config = replace(self.config, epochs=self.config.warm_start_epochs)
+        train_bags, val_bags = (
+            [
+                LabelledBag(slide_id, self.embed(slide_id, self.config.eval_tiles), int(label))
+                for slide_id, label in zip(slide_ids, labels, strict=True)
+            ]
+            for slide_ids, labels in (train_set, val_set)
+        )
+        result = train_frozen(config, train_bags, val_bags, num_classes, device=self.device)
+        return result.state_dict
+
+    def run(self, train_set, val_set, num_classes: int, on_epoch: OnEpoch | None) -> MILResult:
+        """Warm start, then train aggregator and LoRA together."""
+        config = self.config
+        (train_ids, train_labels), (val_ids, val_labels) = train_set, val_set
+        in_dim = self.embed(train_ids[0], 1).shape[1]
+        aggregator = aggregator_of(config, in_dim, num_classes).to(self.device)
+        if config.warm_start_epochs:
+            aggregator.load_state_dict(self.warm_start(train_set, val_set, num_classes))
+
+        def batches(epoch: int) -> Iterator[tuple[PackedBags, Tensor]]:
+            rng = np.random.default_rng((config.seed, epoch))
+            for chosen in epoch_order(len(train_ids), config.batch_bags, rng):
+                labels = torch.from_numpy(train_labels[chosen]).to(self.device)
+                yield self.sample([train_ids[i] for i in chosen], rng), labels
+
+        def val_logits() -> np.ndarray:
+            bags = (self.embed(slide_id, config.eval_tiles) for slide_id in val_ids)
+            return predict(aggregator, bags).logits
+
+        trial = Trial(
+            config,
+            aggregator,
+            self._optimiser(aggregator),
+            train_labels,
+            val_labels,
+            batches,
+            val_logits,
+            snapshot=lambda: {
+                "state_dict": cpu_copy(aggregator.state_dict()),
+                "lora_state": cpu_copy(lora_state_dict(self.backbone)),
+            },
+        )
+        result = MILResult(config, in_dim, num_classes)
+        return trial.run(result, on_epoch, start=config.warm_start_epochs > 0)
+
+    def _optimiser(self, aggregator: Aggregator) -> torch.optim.AdamW:
+        config = self.config
+        groups = [
+            {
+                "params": list(aggregator.parameters()),
+                "lr": config.lr,
+                "weight_decay": config.weight_decay,
+            }
+        ]
+        lora = list(trainable_parameters(self.backbone).values())
+        if lora:
+            groups.append(
+                {"params": lora, "lr": config.lora_lr, "weight_decay": config.lora_weight_decay}
+            )
+        return torch.optim.AdamW(groups)

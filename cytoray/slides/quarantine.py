@@ -1,0 +1,103 @@
+"""The quarantine ledger: every slide or region that could not be used, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from cytoray.errors import SlideError
+from cytoray.io import write_parquet_atomic
+
+# Arrow makes its compute functions at import, where a type checker cannot see them.
+pc: Any = pyarrow.compute
+
+# slide_id; path as read; stage (index, embed, ...); region (a tile id, a level's rectangle, empty
+# for the whole slide); reason_code for machines; message for people; time_utc in microseconds.
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        ("slide_id", pa.string()),
+        ("path", pa.string()),
+        ("stage", pa.string()),
+        ("region", pa.string()),
+        ("reason_code", pa.string()),
+        ("message", pa.string()),
+        ("time_utc", pa.timestamp("us", tz="UTC")),
+    ]
+)
+KEY = ("slide_id", "stage", "region", "reason_code")
+
+
+def quarantine_row(
+    slide_id: str, path: str, stage: str, reason_code: str, message: str, region: str = ""
+) -> dict[str, Any]:
+    """One row of the ledger, stamped with the present time."""
+    return {
+        "slide_id": slide_id,
+        "path": path,
+        "stage": stage,
+        "region": region,
+        "reason_code": reason_code,
+        "message": message,
+        "time_utc": datetime.now(UTC),
+    }
+
+
+def row_from_error(slide_id: str, path: str, stage: str, error: Exception) -> dict[str, Any]:
+    """The ledger row of an exception; anything but a `SlideError` gets the code `unexpected`."""
+    if isinstance(error, SlideError):
+        return quarantine_row(slide_id, path, stage, error.code, error.message, error.region)
+    text = f"{type(error).__name__}: {error}"
+    return quarantine_row(slide_id, path, stage, "unexpected", text)
+
+
+def read_quarantine(path: str | os.PathLike[str]) -> pa.Table:
+    """The ledger at `path`; an empty one when there is none."""
+    if not os.path.exists(path):
+        return QUARANTINE_SCHEMA.empty_table()
+    return pq.read_table(path).cast(QUARANTINE_SCHEMA)
+
+
+def write_quarantine(rows: Iterable[dict[str, Any]], path: str | os.PathLike[str]) -> pa.Table:
+    """Write a ledger of just these rows, whole or not at all; returns it."""
+    table = pa.Table.from_pylist(list(rows), QUARANTINE_SCHEMA)
+    write_parquet_atomic(table, path)
+    return table
+
+
+def merge_quarantine(
+    rows: Iterable[dict[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    redone: Collection[str] = (),
+    stage: str = "",
+) -> pa.Table:
+    """Add rows to the ledger at `path`, the newest row winning for the same fault.
+
+    Args:
+        rows: see `quarantine_row`.
+        path: a Parquet file, made when missing.
+        redone: slides worked on anew in `stage`; their old rows of that stage are dropped, so
+            that a mended slide leaves the ledger.
+        stage: the stage that `redone` refers to.
+
+    Returns:
+        The ledger as written, sorted by slide, stage and region.
+    """
+    old = read_quarantine(path)
+    if redone:
+        again = pc.and_(
+            pc.equal(old["stage"], stage),
+            pc.is_in(old["slide_id"], value_set=pa.array(list(redone), pa.string())),
+        )
+        old = old.filter(pc.invert(again))
+    latest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in [*old.to_pylist(), *rows]:
+        latest[tuple(row[name] for name in KEY)] = row
+    ordered = [latest[key] for key in sorted(latest)]
+    return write_quarantine(ordered, path)

@@ -1,0 +1,31 @@
+"""iBOT: cross-entropy on masked patches (Zhou et al. 2022, eq. 2, weighted as in DINOv2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cytoray.ssl.losses.dino import soft_cross_entropy
+
+
+def ibot_loss(
+    student: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    student_temp: float,
+    global_crops: int,
+) -> Tensor:
+    """This rank's part of the masked patch loss; the sum over the ranks is the loss.
+
+    Args:
+        student: (M, K) logits of this rank's masked patches.
+        targets: float32 (M, K), teacher probabilities of the same patches.
+        weights: float32 (M,), 1 / (number of patches masked in the patch's crop).
+        student_temp: temperature of the student.
+        global_crops: all global crops of all ranks, masked or not.
+
+    Returns:
+        float32 scalar (0 when nothing is masked).
+    """
+    loss = soft_cross_entropy(student, targets, student_temp=student_temp)
+    return (loss * weights).sum() / global_crops

@@ -1,0 +1,160 @@
+"""Plain tiles of chunks and of tile ids: what embedding and end-to-end tuning read."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from cytoray.errors import SlideError
+from cytoray.slides import (
+    ChunkPixels,
+    Grid,
+    ResolvedMpp,
+    SlideGrid,
+    SlideReader,
+    chunk_id,
+    mask_indices,
+    open_slide,
+    parse_tile_id,
+    read_chunk,
+    read_region_px,
+    tile_id,
+)
+from cytoray.streaming.plan import ReadPlan
+
+_OPEN_SLIDES = 4
+SLIDE_COLUMNS = ("slide_id", "path", "mpp_x", "mpp_y", "mpp_source", "reader",
+                 "width_px_level0", "height_px_level0")  # fmt: skip
+
+
+class OpenSlides:
+    """The few slides a process has open, least recently used closed first."""
+
+    def __init__(self, plan: ReadPlan) -> None:
+        self.plan = plan
+        self.grid = Grid(tile_px=plan.tile_px, mpp=plan.mpp)
+        self._open: OrderedDict[int, SlideReader] = OrderedDict()
+
+    def row(self, slide: int) -> dict[str, Any]:
+        """The slide's row of the slide table, as far as reading needs it."""
+        return {name: self.plan.slides.column(name)[slide].as_py() for name in SLIDE_COLUMNS}
+
+    def layout(self, slide: int) -> tuple[ResolvedMpp, SlideGrid]:
+        """Scale and grid of a slide."""
+        row = self.row(slide)
+        scale = ResolvedMpp(mpp_x=row["mpp_x"], mpp_y=row["mpp_y"], source=row["mpp_source"])
+        return scale, SlideGrid.of(
+            self.grid, row["width_px_level0"], row["height_px_level0"], scale
+        )
+
+    def read(self, slide: int, place: tuple[int, int], *, halo_px: int = 0) -> ChunkPixels:
+        """Read the chunk at (column, row) of a slide.
+
+        Raises:
+            SlideError: the slide cannot be opened any more.
+        """
+        scale, _ = self.layout(slide)
+        return read_chunk(self._reader(slide), scale, self.grid, *place, halo_px=halo_px)
+
+    def read_tile(self, slide: int, name: str) -> np.ndarray:
+        """Read one tile by its id; uint8 (S, S, 3).
+
+        Raises:
+            SlideError: the slide cannot be opened, or the tile cannot be decoded.
+        """
+        _, _, column, row, index = parse_tile_id(name)
+        _, layout = self.layout(slide)
+        rectangle = layout.tile_rect_px(column, row, index)
+        return read_region_px(self._reader(slide), layout, *rectangle)
+
+    def thumbnail(self, slide: int, max_px: int) -> np.ndarray:
+        """The whole slide, small; uint8 (h, w, 3)."""
+        return self._reader(slide).thumbnail(max_px)
+
+    def _reader(self, slide: int) -> SlideReader:
+        if slide in self._open:
+            self._open.move_to_end(slide)
+        else:
+            row = self.row(slide)
+            self._open[slide] = open_slide(row["path"], reader=row["reader"], verify=False)
+            while len(self._open) > _OPEN_SLIDES:
+                self._open.popitem(last=False)[1].close()
+        return self._open[slide]
+
+
+class ChunkTiles:
+    """Kept tiles of a chunk, as they are on the slide."""
+
+    def __init__(self, plan: ReadPlan) -> None:
+        self.plan = plan
+        self.slides = OpenSlides(plan)
+
+    def read(self, position: int) -> dict[str, np.ndarray]:
+        """Tiles of one chunk.
+
+        Args:
+            position: index into `plan.chunk_numbers` (the chunk number itself when that is None).
+
+        Returns:
+            Columns, one row a tile: `slide` int64 (row of the slide table), `tile_id`, `error` str,
+            `corner_level0` float32 (n, 2), `pixels` uint8 (n, S, S, 3).
+        """
+        numbers = self.plan.chunk_numbers
+        number = position if numbers is None else int(numbers[position])
+        slide = int(self.plan.slide_of(np.array([number]))[0])
+        _, layout = self.slides.layout(slide)
+        place = layout.chunk_at(int(self.plan.chunk_index[number]))
+        indices = mask_indices(int(self.plan.keep_mask[number])).tolist()
+        name = chunk_id(self.slides.row(slide)["slide_id"], self.slides.grid, *place)
+        try:
+            chunk, failure = self.slides.read(slide, place), ""
+        except SlideError as error:
+            chunk, failure = None, str(error)
+        size = self.plan.tile_px
+        pixels = np.zeros((len(indices), size, size, 3), np.uint8)
+        errors = []
+        for i, index in enumerate(indices):
+            errors.append(failure or (chunk.bad_tiles.get(index, "") if chunk else ""))
+            if chunk is not None and not errors[-1]:
+                pixels[i] = chunk.tile(index)
+        return {
+            "slide": np.full(len(indices), slide, np.int64),
+            "tile_id": np.array([tile_id(name, index) for index in indices]),
+            "error": np.array(errors),
+            "corner_level0": np.array(
+                [layout.tile_origin_level0(*place, index) for index in indices], np.float32
+            ),
+            "pixels": pixels,
+        }
+
+
+class BagTiles:
+    """Tiles of bags by slide and position in the bag, read from the slides when asked for.
+
+    Implements `cytoray.mil.TileSource`.
+
+    Args:
+        plan: the slides; every slide of `tile_ids` must be in it.
+        tile_ids: slide_id -> tile ids in the order of the bag.
+    """
+
+    def __init__(self, plan: ReadPlan, tile_ids: dict[str, list[str]]) -> None:
+        self._slides = OpenSlides(plan)
+        self._number = {s: i for i, s in enumerate(plan.slides.column("slide_id").to_pylist())}
+        self._tile_ids = tile_ids
+
+    def num_tiles(self, slide_id: str) -> int:
+        """Tiles of the slide's bag."""
+        return len(self._tile_ids[slide_id])
+
+    def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Pixels of the tiles at `indices` (k,) of the bag: uint8 (k, S, S, 3).
+
+        Raises:
+            SlideError: a tile cannot be decoded (it could when the slide was embedded).
+        """
+        slide = self._number[slide_id]
+        names = self._tile_ids[slide_id]
+        return np.stack([self._slides.read_tile(slide, names[i]) for i in indices.tolist()])

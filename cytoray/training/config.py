@@ -1,0 +1,288 @@
+"""What a pretraining run is: every choice of the SSL step as frozen, checked dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import timm.models
+
+from cytoray.errors import InputError, raise_problems
+from cytoray.models.backbones import backbone_facts
+from cytoray.models.encoder import EncoderSpec, read_encoder
+from cytoray.ssl.augment import IMAGENET_MEAN, IMAGENET_STD
+from cytoray.ssl.losses import TARGETS
+from cytoray.ssl.methods import METHODS
+
+BackboneOption = int | float | bool | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The encoder under training.
+
+    Attributes:
+        name: a timm VisionTransformer (`timm.list_models("vit_*")`), with a class token.
+        pretrained: start from timm's published weights.
+        init_from: folder of a saved encoder to start from (overrides `pretrained`).
+        drop_path: share of the crops each residual branch skips (batch-subset form);
+            None: 0.3 for a width of 1024 or more, 0.1 for 768 or more, else 0.
+        kwargs: further arguments of `timm.create_model`, e.g. `init_values`.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    pretrained: bool = False
+    init_from: str = ""
+    drop_path: float | None = None
+    kwargs: dict[str, BackboneOption] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Crops of one tile: `num_global` of `global_px` pixels, then `num_local` of `local_px`."""
+
+    global_px: int = 224
+    local_px: int = 96
+    num_global: int = 2
+    num_local: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Projection heads: an MLP of `num_layers`, L2 norm, weight-normed `out_dim` prototypes.
+
+    Attributes:
+        separate_ibot: a head of its own for masked patches, else shared with the class token.
+    """
+
+    out_dim: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    num_layers: int = 3
+    separate_ibot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Loss weights, temperatures and masks; a None is replaced by the method's published value.
+
+    Attributes:
+        koleo_weight: None: 0.1 for `dinov2`, 0 for `dino` and `ibot`.
+        ibot_weight: None: 1 for `dinov2` and `ibot`, 0 for `dino`.
+        centering: None: `sinkhorn` for `dinov2`, `centering` for `dino` and `ibot`.
+        teacher_temp_warmup_steps: None: as many as the learning rate's warm-up.
+        mask_share: share of the global crops that are masked, exactly int(2B * share) of them.
+    """
+
+    dino_weight: float = 1.0
+    ibot_weight: float | None = None
+    koleo_weight: float | None = None
+    student_temp: float = 0.1
+    teacher_temp_start: float = 0.04
+    teacher_temp: float = 0.07
+    teacher_temp_warmup_steps: int | None = None
+    centering: Literal["sinkhorn", "centering"] | None = None
+    centre_momentum: float = 0.9
+    mask_share: float = 0.5
+    mask_ratio_min: float = 0.1
+    mask_ratio_max: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedules, all functions of the step.
+
+    Attributes:
+        lr: base rate; the peak is lr * sqrt(batch_size / 1024).
+        clip_grad: largest gradient norm of each sub-module (backbone, each head); 0: no clip.
+    """
+
+    lr: float = 4e-3
+    min_lr: float = 1e-6
+    warmup_steps: int = 1000
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    layer_decay: float = 0.9
+    patch_embed_lr_mult: float = 0.2
+    freeze_last_layer_steps: int = 1000
+    clip_grad: float = 3.0
+    ema: float = 0.992
+    ema_end: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pretraining run; defaults follow DINOv2 as UniCAS trains it.
+
+    Attributes:
+        batch_size: tiles per step over all workers together.
+        precision: `auto` is bf16 on CUDA and fp32 elsewhere; weights are fp32 always.
+        checkpoint_blocks: recompute the blocks in the backward pass, to fit a small device.
+        seed: of the initial weights, masks and drop path; none depends on the worker count.
+
+    Raises:
+        InputError: with every problem found.
+    """
+
+    method: str = "dinov2"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch_size: int = 256
+    total_steps: int = 100_000
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_blocks: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            *_method_problems(self),
+            *_crop_problems(self),
+            *_range_problems(self),
+            *_optim_problems(self),
+        ]
+        raise_problems("the pretraining configuration cannot be used", problems)
+
+
+def normalisation(
+    config: PretrainConfig,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and std of the crops: those of the weights one starts from, else ImageNet's."""
+    backbone = config.backbone
+    if backbone.init_from:
+        spec = read_encoder(backbone.init_from)[1]
+        return spec.mean, spec.std
+    if backbone.pretrained:
+        published = timm.models.get_pretrained_cfg(backbone.name)
+        if published is not None:
+            return _triple(published.mean), _triple(published.std)
+    return _triple(IMAGENET_MEAN), _triple(IMAGENET_STD)
+
+
+def encoder_spec(config: PretrainConfig, *, mpp: float | None = None) -> EncoderSpec:
+    """Description of the encoder this run trains.
+
+    Args:
+        config: the run.
+        mpp: resolution of the training tiles, um/px.
+    """
+    fixed = {"img_size": config.crops.global_px, "global_pool": "token"}
+    options = fixed | config.backbone.kwargs
+    facts = backbone_facts(config.backbone.name, tuple(sorted(options.items())))
+    mean, std = normalisation(config)
+    return EncoderSpec(
+        architecture=config.backbone.name.split(".")[0],
+        img_px=config.crops.global_px,
+        mpp=mpp,
+        mean=mean,
+        std=std,
+        patch_px=facts.patch_px,
+        embed_dim=facts.embed_dim,
+        pooling="cls",
+        kwargs=options,
+        source={"method": config.method},
+    )
+
+
+def _triple(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
+
+
+def _method_problems(config: PretrainConfig) -> list[str]:
+    problems = []
+    if config.method not in METHODS:
+        problems.append(f"method {config.method!r} is none of {', '.join(sorted(METHODS))}")
+    if config.precision not in ("auto", "fp32", "bf16"):
+        problems.append(f"precision {config.precision!r} is none of auto, bf16, fp32")
+    if config.loss.centering not in (None, *TARGETS):
+        problems.append(
+            f"loss.centering {config.loss.centering!r} is none of {', '.join(sorted(TARGETS))}"
+        )
+    return problems
+
+
+def _crop_problems(config: PretrainConfig) -> list[str]:
+    crops, backbone = config.crops, config.backbone
+    problems = []
+    if crops.num_global < 1 or crops.num_local < 0:
+        problems.append("crops.num_global must be at least 1 and crops.num_local at least 0")
+    if crops.num_global * (crops.num_global - 1 + crops.num_local) < 1:
+        problems.append("one global and no local crop make no pair; set crops.num_global to 2")
+    try:
+        options = {"img_size": crops.global_px, **backbone.kwargs}
+        patch_px = backbone_facts(backbone.name, tuple(sorted(options.items()))).patch_px
+    except InputError as error:
+        return [*problems, str(error)]
+    sizes = {"global_px": crops.global_px}
+    if crops.num_local:
+        sizes["local_px"] = crops.local_px
+    for name, size_px in sizes.items():
+        if size_px < patch_px or size_px % patch_px:
+            below = max(size_px // patch_px, 1) * patch_px
+            problems.append(
+                f"crops.{name} {size_px} is not a multiple of the patch of {patch_px} px; "
+                f"take {below} or {below + patch_px}"
+            )
+    return problems
+
+
+def _range_problems(config: PretrainConfig) -> list[str]:
+    head, loss, backbone = config.head, config.loss, config.backbone
+    checks = [
+        (config.batch_size >= 2, "batch_size must be at least 2: tiles are told apart in a batch"),
+        (config.total_steps >= 1, "total_steps must be at least 1"),
+        (config.seed >= 0, "seed must not be negative"),
+        (
+            min(head.out_dim, head.hidden_dim, head.bottleneck_dim, head.num_layers) >= 1,
+            "head.out_dim, hidden_dim, bottleneck_dim and num_layers must be at least 1",
+        ),
+        (
+            backbone.drop_path is None or 0 <= backbone.drop_path < 1,
+            f"backbone.drop_path must be in [0, 1), is {backbone.drop_path}",
+        ),
+        (
+            min(loss.student_temp, loss.teacher_temp_start, loss.teacher_temp) > 0,
+            "loss.student_temp, teacher_temp_start and teacher_temp must be above 0",
+        ),
+        (
+            min(loss.dino_weight, loss.ibot_weight or 0, loss.koleo_weight or 0) >= 0,
+            "loss weights must not be negative",
+        ),
+        (0 <= loss.centre_momentum <= 1, "loss.centre_momentum must be in [0, 1]"),
+        (0 <= loss.mask_share <= 1, "loss.mask_share must be in [0, 1]"),
+        (
+            0 < loss.mask_ratio_min <= loss.mask_ratio_max < 1,
+            "loss.mask_ratio_min and mask_ratio_max must be 0 < min <= max < 1",
+        ),
+    ]
+    return [message for fine, message in checks if not fine]
+
+
+def _optim_problems(config: PretrainConfig) -> list[str]:
+    optim = config.optim
+    checks = [
+        (optim.lr > 0 and optim.min_lr >= 0, "optim.lr must be above 0 and min_lr at least 0"),
+        (
+            0 <= optim.warmup_steps < config.total_steps,
+            f"optim.warmup_steps {optim.warmup_steps} must be below total_steps "
+            f"{config.total_steps}",
+        ),
+        (
+            min(optim.weight_decay, optim.weight_decay_end, optim.clip_grad) >= 0,
+            "optim.weight_decay, weight_decay_end and clip_grad must not be negative",
+        ),
+        (0 <= optim.beta1 < 1 and 0 <= optim.beta2 < 1, "optim.beta1, beta2 must be in [0, 1)"),
+        (0 < optim.layer_decay <= 1, "optim.layer_decay must be in (0, 1]"),
+        (optim.patch_embed_lr_mult >= 0, "optim.patch_embed_lr_mult must not be negative"),
+        (optim.freeze_last_layer_steps >= 0, "optim.freeze_last_layer_steps must not be negative"),
+        (
+            0 <= optim.ema <= 1 and 0 <= optim.ema_end <= 1,
+            "optim.ema and ema_end must be in [0, 1]",
+        ),
+    ]
+    return [message for fine, message in checks if not fine]

@@ -1,0 +1,106 @@
+"""`cytoray embed`: an encoder turns every slide of an index into a bag of features."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cytoray.config import to_plain
+from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.embed import EncoderChoice, embed_slides
+from cytoray.progress import Progress, summary_table
+from cytoray.runs import MAY_CHANGE, RunFolder
+from cytoray.slides import grid_of_row, merge_quarantine, read_slide_table
+from cytoray.streaming.plan import ReadPlan, make_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write a bag (features and coordinates of every kept tile) for each slide of an index.
+
+    Attributes:
+        index: folder written by `cytoray index`.
+        encoder: folder written by `cytoray pretrain`, or a timm model name.
+        out: folder of this run; the bags are in its `bags/`.
+        pretrained: for a timm name: its published weights (needs a connection), else random ones.
+        encoders: encoder actors, one GPU each where there are GPUs.
+        use_gpu: embed on GPUs; default: when the cluster has them.
+        strict: exit with code 3 when a tile or slide could not be read.
+        resume: go on with the bags in `out`.
+        address: a running Ray cluster; default: start one here.
+    """
+
+    index: Path
+    encoder: str
+    out: Path
+    pretrained: bool = True
+    encoders: int = 1
+    use_gpu: bool | None = None
+    strict: bool = False
+    resume: bool = False
+    address: str | None = None
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Embed the slides that have no bag yet."""
+    began = time.perf_counter()
+    plan = index_plan(config.index)
+    choice = EncoderChoice(source=config.encoder, pretrained=config.pretrained)
+    encoder = choice.load()
+    folder = RunFolder.open(
+        config.out, "embed", to_plain(config), config.resume, MAY_CHANGE | {"encoders", "use_gpu"}
+    )
+    connect(config.address)
+    resources = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
+    check_fits(
+        [
+            Need(what="encoder", count=config.encoders, cpus=0.5, gpus=1.0 if use_gpu else 0.0),
+            Need(what="tile reader", count=1, cpus=0.4),
+            Need(what="list of chunks", count=1, cpus=0.1),
+        ],
+        hint="ask for fewer --encoders or add nodes",
+    )
+    bags = folder.path / "bags"
+    with Progress(f"embed {plan.slides.num_rows:,} slides") as progress:
+        written, quarantine = embed_slides(
+            plan, choice, bags, progress=progress, use_gpu=use_gpu, num_encoders=config.encoders
+        )
+    table = merge_quarantine(quarantine, folder.path / "quarantine.parquet", stage="embed")
+    summary = {
+        "num_slides": plan.slides.num_rows,
+        "num_written": written,
+        "num_quarantined": table.num_rows,
+        "num_tiles": plan.num_tiles,
+        "encoder_id": encoder.encoder_id,
+        "feature_width": encoder.embed_dim,
+        "bags": str(bags),
+        "seconds": round(time.perf_counter() - began, 1),
+        "next": f"cytoray tune --bags {bags} --index {config.index} --encoder {config.encoder} "
+        "--out TUNE",
+    }
+    folder.write_summary(summary)
+    summary_table("embed", summary)
+    return summary | {"exit_code": 3 if config.strict and table.num_rows else 0}
+
+
+def index_plan(index: Path) -> ReadPlan:
+    """Everything an index has to read.
+
+    Raises:
+        InputError: no index there, or no usable tile.
+    """
+    slides = read_slide_table(index / "slides.parquet")
+    usable = [row for row in slides.slice(0, slides.num_rows).to_pylist() if row["status"] == "ok"]
+    grid = grid_of_row(usable[0]).grid if usable else None
+    return make_plan(slides, tile_px=grid.tile_px if grid else 0, mpp=grid.mpp if grid else 0.0)
+
+
+if __name__ == "__main__":
+    from pipelines.cli import job_main
+
+    job_main("embed")

@@ -1,0 +1,301 @@
+"""`cytoray pretrain`: stream nuclei-centred views of indexed slides into DINOv2 training."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cytoray.config import to_plain
+from cytoray.distributed.cluster import Need, Share, check_fits, connect, share_cpus
+from cytoray.distributed.pretrain import LoopSettings, run_training
+from cytoray.distributed.watch import EventWatch
+from cytoray.errors import InputError, choose
+from cytoray.models.encoder import replace_folder
+from cytoray.nuclei import DETECTORS
+from cytoray.perturb import CROP_POLICIES
+from cytoray.progress import Progress, summary_table
+from cytoray.runs import MAY_CHANGE, RunFolder
+from cytoray.slides import grid_of_row, read_slide_table
+from cytoray.streaming import ChunkOrder
+from cytoray.streaming.plan import ReadPlan, make_plan
+from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
+from cytoray.tracking import Tracker
+from cytoray.training import PretrainConfig, latest_checkpoint
+from pipelines.runs import PRETRAIN_RUNS
+
+_MAY_CHANGE = MAY_CHANGE | {
+    "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
+    "keep_checkpoints", "log_every", "experiment",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pretrain an encoder on the slides of an index, without labels.
+
+    Attributes:
+        index: folder written by `cytoray index`.
+        out: folder of this run.
+        ssl: method, backbone, crops, losses and schedules.
+        perturb: nuclei-centred perturbation.
+        nuclei: `table` takes the index's nuclei, `detect` finds them on the fly, `auto` takes the
+            table when there is one.
+        detector: used when nuclei are detected on the fly.
+        epochs: passes over all tiles; sets the number of steps instead of ssl.total-steps.
+        shuffle_chunks: chunks whose tiles are mixed with each other; more mixes better and needs
+            more shared memory.
+        splits: slides of these splits are used (empty: all).
+        workers: training workers; one GPU each where there are GPUs.
+        use_gpu: train on GPUs; default: when the cluster has them.
+        cpus_per_worker: CPUs of a training worker; default: 1, less on a small machine.
+        max_readers: reading actors at most; default: as many as there are CPUs left.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: newest checkpoints kept.
+        log_every: steps between logged metrics.
+        max_failures: worker failures the run survives by itself.
+        tracking_uri: MLflow; default: a SQLite file in the working folder.
+        experiment: MLflow experiment.
+        resume: go on with the run in `out`.
+        address: a running Ray cluster; default: start one here.
+        dry_run: say what would be done, and stop.
+    """
+
+    index: Path
+    out: Path
+    ssl: PretrainConfig = field(default_factory=PretrainConfig)
+    perturb: PerturbConfig = field(default_factory=PerturbConfig)
+    nuclei: str = "auto"
+    detector: str = "classical"
+    epochs: float | None = None
+    shuffle_chunks: int = 16
+    splits: tuple[str, ...] = ()
+    workers: int = 1
+    use_gpu: bool | None = None
+    cpus_per_worker: float | None = None
+    max_readers: int | None = None
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    log_every: int = 10
+    max_failures: int = 3
+    tracking_uri: str = ""
+    experiment: str = "cytoray"
+    resume: bool = False
+    address: str | None = None
+    dry_run: bool = False
+
+
+NAMED = PRETRAIN_RUNS
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train to the end, or from the last checkpoint to the end, and export the encoder."""
+    began = time.perf_counter()
+    plan = read_plan(config)
+    config, ssl, end_epoch = _settle_steps(config, plan)
+    connect(config.address)
+    use_gpu, share = _fit_cluster(config)
+    if config.dry_run:
+        return _say(config, plan, ssl, share, use_gpu)
+    folder = RunFolder.open(config.out, "pretrain", to_plain(config), config.resume, _MAY_CHANGE)
+    tracker = Tracker(config.tracking_uri or None, config.experiment)
+    run_id = tracker.start_run(
+        f"pretrain {ssl.method} {ssl.backbone.name}",
+        params=to_plain(config),
+        tags={"cytoray.job": "pretrain"},
+        key=folder.run_id,
+    )
+    settings = LoopSettings(
+        ssl=ssl,
+        reader=_reader_config(config),
+        order=ChunkOrder(
+            num_chunks=plan.num_chunks, seed=ssl.seed, shuffle_chunks=config.shuffle_chunks
+        ),
+        plan=[ray.put(plan)],
+        share=share,
+        folder=folder,
+        end_epoch=end_epoch,
+        data=plan_facts(plan),
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        log_every=config.log_every,
+        tracking_uri=tracker.uri,
+        run_id=run_id,
+    )
+    with (
+        Progress(f"pretrain {ssl.method} {ssl.backbone.name}") as progress,
+        EventWatch(folder, progress, total_steps=ssl.total_steps),
+    ):
+        error = run_training(
+            settings,
+            workers=config.workers,
+            use_gpu=use_gpu,
+            max_failures=config.max_failures,
+            name=f"pretrain-{folder.run_id[:8]}-{int(time.time())}",
+        )
+    tracker.end_run(run_id, "FAILED" if error else "FINISHED")
+    if error:
+        raise InputError(
+            f"training stopped: {error}; the run is kept in {folder.path}, "
+            "run the same command with --resume to go on from its last checkpoint"
+        )
+    return _finish(config, folder, tracker, run_id, plan, time.perf_counter() - began)
+
+
+def read_plan(config: Config) -> ReadPlan:
+    """What there is to read, from the index.
+
+    Raises:
+        InputError: no index there, or no usable tile.
+    """
+    slides = read_slide_table(config.index / "slides.parquet")
+    if config.splits:
+        keep = [split in config.splits for split in slides.column("split").to_pylist()]
+        slides = slides.filter(keep)
+    usable = [row for row in slides.to_pylist() if row["status"] == "ok"]
+    if not usable:
+        raise InputError(f"no usable slide in {config.index} (splits: {config.splits or 'all'})")
+    grid = grid_of_row(usable[0]).grid
+    return make_plan(slides, tile_px=grid.tile_px, mpp=grid.mpp)
+
+
+def plan_facts(plan: ReadPlan) -> dict[str, Any]:
+    """What must be the same when a run is resumed, since its position counts on it."""
+    return {
+        "tile_px": plan.tile_px,
+        "mpp": plan.mpp,
+        "num_slides": plan.slides.num_rows,
+        "num_chunks": plan.num_chunks,
+        "num_tiles": plan.num_tiles,
+    }
+
+
+def _settle_steps(config: Config, plan: ReadPlan) -> tuple[Config, PretrainConfig, int]:
+    """Steps from epochs or epochs from steps, and the epoch the stream ends with."""
+    tiles, ssl = plan.num_tiles, config.ssl
+    if config.epochs is not None:
+        ssl = replace(ssl, total_steps=max(1, math.ceil(config.epochs * tiles / ssl.batch_size)))
+        return replace(config, ssl=ssl), ssl, math.ceil(config.epochs)
+    return config, ssl, math.ceil(ssl.total_steps * ssl.batch_size / tiles)
+
+
+def _fit_cluster(config: Config) -> tuple[bool, Share]:
+    resources = ray.cluster_resources()
+    use_gpu = resources.get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
+    if config.workers < 1:
+        raise InputError(f"--workers must be 1 or more, not {config.workers}")
+    share = share_cpus(
+        resources.get("CPU", 0),
+        config.workers,
+        cpus_per_worker=config.cpus_per_worker,
+        max_readers=config.max_readers,
+    )
+    check_fits(
+        [
+            Need(what="training worker", count=config.workers, cpus=share.cpus_per_worker,
+                 gpus=1.0 if use_gpu else 0.0),
+            Need(what="tile reader", count=1, cpus=share.cpus_per_reader),
+            Need(what="list of chunks", count=1, cpus=share.cpus_source),
+        ],
+        hint="ask for fewer --workers or --cpus-per-worker, or add nodes",
+    )  # fmt: skip
+    return use_gpu, share
+
+
+def _reader_config(config: Config) -> TileReaderConfig:
+    choose("nuclei source", config.nuclei, ("auto", "table", "detect"))
+    choose("detector", config.detector, DETECTORS)
+    has_table = _has_nuclei_table(config.index)
+    if config.nuclei == "table" and not has_table:
+        raise InputError(
+            f"{config.index} has no nuclei table; run `cytoray index` with a --detector, or use "
+            "--nuclei detect"
+        )
+    crops = config.ssl.crops
+    policy = replace(
+        CROP_POLICIES[config.ssl.method], num_global=crops.num_global, num_local=crops.num_local
+    )
+    use_table = has_table and config.nuclei != "detect"
+    return TileReaderConfig(
+        seed=config.ssl.seed,
+        policy=policy,
+        perturb=config.perturb,
+        nuclei_dir=str((config.index / "nuclei").resolve()) if use_table else "",
+        detector=config.detector,
+    )
+
+
+def _has_nuclei_table(index: Path) -> bool:
+    slides = read_slide_table(index / "slides.parquet")
+    return any(count is not None for count in slides.column("num_nuclei").to_pylist())
+
+
+def _say(
+    config: Config, plan: ReadPlan, ssl: PretrainConfig, share: Share, use_gpu: bool
+) -> dict[str, Any]:
+    epochs = ssl.total_steps * ssl.batch_size / plan.num_tiles
+    summary = {
+        "slides": plan.slides.num_rows,
+        "tiles": plan.num_tiles,
+        "steps": ssl.total_steps,
+        "epochs": round(epochs, 2),
+        "workers": f"{config.workers} x {'GPU' if use_gpu else f'{share.cpus_per_worker:g} CPU'}",
+        "readers": f"{share.min_readers} to {share.max_readers} x {share.cpus_per_reader:g} CPU",
+        "method": f"{ssl.method}, {ssl.backbone.name}",
+    }
+    summary_table("pretrain: dry run, nothing was started", summary)
+    return summary
+
+
+def _finish(
+    config: Config,
+    folder: RunFolder,
+    tracker: Tracker,
+    run_id: str,
+    plan: ReadPlan,
+    seconds: float,
+) -> dict[str, Any]:
+    found = latest_checkpoint(folder.path / "checkpoints")
+    if found.checkpoint is None:
+        raise InputError(f"training ended without a checkpoint in {folder.path / 'checkpoints'}")
+    encoder = folder.path / "encoder"
+    draft = folder.path / ".encoder.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(found.checkpoint.encoder, draft)
+    replace_folder(draft, encoder)
+    tracker.log_artifacts(run_id, encoder, "encoder")
+    last = {}
+    for event in folder.read_events():
+        if event.get("event") == "step":
+            last = event
+    summary = {
+        "steps": found.checkpoint.step,
+        "loss": last.get("loss"),
+        "tiles_per_s": last.get("tiles_per_s"),
+        "wait_share": last.get("wait_share"),
+        "num_slides": plan.slides.num_rows,
+        "num_quarantined_tiles": _quarantined_tiles(folder.path),
+        "encoder": str(encoder),
+        "mlflow_run_id": run_id,
+        "seconds": round(seconds, 1),
+        "next": f"cytoray embed --index {config.index} --encoder {encoder} --out BAGS",
+    }
+    folder.write_summary(summary)
+    summary_table("pretrain", summary)
+    return summary
+
+
+def _quarantined_tiles(out: Path) -> int:
+    lines = (line for path in out.glob("quarantine-rank*.jsonl") for line in path.open())
+    return len(set(lines))
+
+
+if __name__ == "__main__":
+    from pipelines.cli import job_main
+
+    job_main("pretrain")

@@ -1,0 +1,358 @@
+"""`cytoray tune`: a grid over MIL aggregators and LoRA ranks, tracked in MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from cytoray.config import to_plain
+from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.embed import EncoderChoice
+from cytoray.distributed.search import (
+    Cohort,
+    HeldOut,
+    SearchSettings,
+    TrialSpec,
+    best_result,
+    predict_part,
+    read_features,
+    run_grid,
+)
+from cytoray.errors import InputError, choose, raise_problems
+from cytoray.evaluation import bootstrap_ci, check_no_leak, evaluate_scores, train_val_test
+from cytoray.io import atomic_write_text
+from cytoray.mil import AGGREGATORS, BagStore, MILConfig, open_bags
+from cytoray.plain import json_ready
+from cytoray.progress import Progress, summary_table
+from cytoray.report import write_report
+from cytoray.report.sections import attention_section, tune_sections
+from cytoray.runs import MAY_CHANGE, RunFolder
+from cytoray.slides import read_slide_table
+from cytoray.tracking import Tracker
+from pipelines.embed import index_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train every aggregator with every LoRA rank, keep the best by validation, test it once.
+
+    Attributes:
+        bags: folder of bags written by `cytoray embed` (`.../bags`).
+        index: folder written by `cytoray index`: labels, splits, patients, and the slides.
+        encoder: the encoder that made the bags (trials with a LoRA rank adapt it).
+        out: folder of this run.
+        label: label column of the manifest.
+        aggregators: names to try.
+        lora_ranks: ranks to try; 0 leaves the encoder frozen.
+        lrs: learning rates of the aggregator to try.
+        mil: everything else of a trial.
+        val_fraction: share of the training patients held back to choose the epoch and the trial.
+        test_fraction: share of the patients to test on, where the manifest has no `split`.
+        seed: of the split.
+        pretrained: for a timm encoder: published weights, else random ones.
+        cpus_per_trial: CPUs of a trial.
+        gpus_per_trial: GPUs of a trial, a fraction packs several on one.
+        max_concurrent: trials at a time; 0: as many as fit.
+        model_name: name in the MLflow registry.
+        tracking_uri: MLflow; default: a SQLite file in the working folder.
+        experiment: MLflow experiment.
+        resume: go on with the grid in `out`; finished trials are not run again.
+        address: a running Ray cluster; default: start one here.
+    """
+
+    bags: Path
+    index: Path
+    encoder: str
+    out: Path
+    label: str = "label"
+    aggregators: tuple[str, ...] = ("mean", "abmil")
+    lora_ranks: tuple[int, ...] = (0, 4)
+    lrs: tuple[float, ...] = (5e-4,)
+    mil: MILConfig = field(default_factory=MILConfig)
+    val_fraction: float = 0.25
+    test_fraction: float = 0.25
+    seed: int = 0
+    pretrained: bool = True
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
+    max_concurrent: int = 0
+    model_name: str = "cytoray-head"
+    tracking_uri: str = ""
+    experiment: str = "cytoray"
+    resume: bool = False
+    address: str | None = None
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the grid, choose by validation, evaluate on the held-out slides, register the head."""
+    began = time.perf_counter()
+    for name in config.aggregators:
+        choose("aggregator", name, AGGREGATORS)
+    store = open_bags(config.bags)
+    cohort = read_cohort(config, store)
+    choice = EncoderChoice(source=config.encoder, pretrained=config.pretrained)
+    _check_encoder(choice, cohort)
+    may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment"}
+    folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
+    connect(config.address)
+    check_fits(
+        [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)],
+        hint="ask for less --cpus-per-trial or --gpus-per-trial",
+    )
+    tracker = Tracker(config.tracking_uri or None, config.experiment)
+    run_id = tracker.start_run(
+        f"tune {config.label}", params=to_plain(config), tags={"cytoray.job": "tune"},
+        key=folder.run_id,
+    )  # fmt: skip
+    specs = grid_specs(config, folder, tracker, run_id)
+    uses_lora = any(rank > 0 for rank in config.lora_ranks)
+    settings = SearchSettings(
+        cohort=[ray.put(cohort)],
+        plan=[ray.put(index_plan(config.index))] if uses_lora else [],
+        encoder=choice,
+        tracking_uri=tracker.uri,
+        cpus_per_trial=config.cpus_per_trial,
+        gpus_per_trial=config.gpus_per_trial,
+        extra={"label": config.label, "bags": str(config.bags)},
+    )
+    with Progress(f"tune {len(specs)} trials on {len(cohort.slide_ids)} slides") as progress:
+        results, failed = run_grid(
+            specs, settings, folder.path, progress=progress, max_concurrent=config.max_concurrent
+        )
+    _close_children(tracker, specs, results, failed)
+    if not results:
+        tracker.end_run(run_id, "FAILED")
+        raise InputError("every trial failed", [f"{k}: {v}" for k, v in failed.items()])
+    best = best_result(results)
+    answers = predict_part(_spec_of(specs, best).folder / Path("head"), settings, "test")
+    return _finish(
+        config, folder, tracker, run_id, cohort, specs, results, failed, best, answers,
+        time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def read_cohort(config: Config, store: BagStore) -> Cohort:
+    """Labels, patients and parts of the slides that have a bag and a label.
+
+    Raises:
+        InputError: no such label column, fewer than two classes, a split that leaks a patient.
+    """
+    slides = read_slide_table(config.index / "slides.parquet")
+    if config.label not in slides.column_names:
+        raise InputError(
+            f"the index has no label column {config.label!r}; columns of the manifest: "
+            f"{', '.join(slides.column_names)}"
+        )
+    rows = [
+        row
+        for row in slides.to_pylist()
+        if row["status"] == "ok" and row[config.label] is not None and row["slide_id"] in store
+    ]
+    names = sorted({str(row[config.label]) for row in rows})
+    if len(names) < 2:
+        raise InputError(
+            f"label {config.label!r} has {len(names)} class(es) among the {len(rows)} slides that "
+            "have a bag; two are needed"
+        )
+    labels = np.array([names.index(str(row[config.label])) for row in rows], dtype=np.int64)
+    patients = [row["patient_id"] for row in rows]
+    ids = [row["slide_id"] for row in rows]
+    features, tile_ids = read_features(store, ids)
+    return Cohort(
+        slide_ids=ids,
+        labels=labels,
+        patients=patients,
+        parts=_parts(config, rows, labels, np.array(patients)),
+        classes=tuple(names),
+        features=features,
+        tile_ids=tile_ids,
+        encoder_id=store.info(ids[0]).meta.encoder_id,
+    )
+
+
+def _parts(
+    config: Config, rows: list[dict[str, Any]], labels: np.ndarray, patients: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The manifest's split where it has one (a validation part is cut from train), else ours."""
+    given = [row["split"] for row in rows]
+    if not any(given):
+        rest = 1.0 - config.test_fraction
+        fractions = (rest * (1 - config.val_fraction), rest * config.val_fraction,
+                     config.test_fraction)  # fmt: skip
+        return train_val_test(labels, patients, fractions, config.seed)._asdict()
+    split = train_val_test(labels, patients, split=given)
+    problems = [f"no slide in split `{name}`" for name in ("train", "test")
+                if not len(getattr(split, name))]  # fmt: skip
+    raise_problems("the manifest's `split` column cannot be used:", problems)
+    train, val = split.train, split.val
+    if not len(val):
+        cut = train_val_test(
+            labels[train], patients[train], (1 - config.val_fraction, config.val_fraction, 0.0),
+            config.seed,
+        )  # fmt: skip
+        train, val = train[cut.train], train[cut.val]
+    parts = {"train": train, "val": val, "test": split.test}
+    check_no_leak(patients, parts)
+    return parts
+
+
+def _check_encoder(choice: EncoderChoice, cohort: Cohort) -> None:
+    encoder_id = choice.load().encoder_id
+    if encoder_id != cohort.encoder_id:
+        raise InputError(
+            f"the bags were made by encoder {cohort.encoder_id}, --encoder {choice.source} is "
+            f"{encoder_id}; embed again, or name the encoder that made them"
+        )
+
+
+def grid_specs(
+    config: Config, folder: RunFolder, tracker: Tracker, parent_run_id: str
+) -> list[TrialSpec]:
+    """The grid, each trial with a folder and an MLflow run that are the same on resume."""
+    specs = []
+    grid = itertools.product(config.aggregators, config.lora_ranks, config.lrs)
+    for aggregator, rank, lr in grid:
+        mil = replace(config.mil, aggregator=aggregator, lora_rank=rank, lr=lr)
+        text = json.dumps(to_plain(mil), sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+        key = f"{aggregator}-r{rank}-lr{lr:g}-{digest}"
+        run_id = tracker.start_run(
+            key,
+            params=to_plain(mil),
+            tags={"cytoray.job": "trial"},
+            parent_run_id=parent_run_id,
+            key=f"{folder.run_id}:{key}",
+        )
+        specs.append(
+            TrialSpec(key=key, config=mil, folder=str(folder.path / "trials" / key), run_id=run_id)
+        )
+    return specs
+
+
+def _spec_of(specs: list[TrialSpec], result: dict[str, Any]) -> Any:
+    spec = next(spec for spec in specs if spec.key == result["key"])
+    return replace(spec, folder=Path(spec.folder))  # type: ignore[arg-type]
+
+
+def _close_children(
+    tracker: Tracker,
+    specs: list[TrialSpec],
+    results: list[dict[str, Any]],
+    failed: dict[str, str],
+) -> None:
+    done = {result["key"] for result in results}
+    for spec in specs:
+        tracker.end_run(spec.run_id, "FINISHED" if spec.key in done else "FAILED")
+        if spec.key in failed:
+            tracker.set_tags(spec.run_id, {"cytoray.error": failed[spec.key][:500]})
+
+
+def _finish(
+    config: Config,
+    folder: RunFolder,
+    tracker: Tracker,
+    run_id: str,
+    cohort: Cohort,
+    specs: list[TrialSpec],
+    results: list[dict[str, Any]],
+    failed: dict[str, str],
+    best: dict[str, Any],
+    answers: HeldOut,
+    seconds: float,
+) -> dict[str, Any]:
+    test = cohort.parts["test"]
+    labels = cohort.labels[test]
+    patients = np.array(cohort.patients)[test]
+    binary = len(cohort.classes) == 2
+    scores = answers.probabilities[:, 1] if binary else answers.probabilities
+    interval = bootstrap_ci(labels, scores, patients, "auc", n=1000, seed=config.seed)
+    metrics = evaluate_scores(labels, answers.probabilities)
+    source = Path(_spec_of(specs, best).folder) / "head"
+    shutil.copytree(source, folder.path / "head", dirs_exist_ok=True)
+    version = tracker.register_model(
+        run_id,
+        config.model_name,
+        folder.path / "head",
+        tags={"auc_heldout": f"{interval.point:.4f}", "encoder_id": cohort.encoder_id},
+        description=f"{best['key']}, chosen by validation AUC",
+    )
+    _write_predictions(folder, cohort, answers)
+    finite = {f"heldout_{name}": value for name, value in metrics.items() if value == value}
+    tracker.log_metrics(
+        run_id, finite | {"auc_heldout": interval.point, "auc_heldout_low": interval.low,
+                            "auc_heldout_high": interval.high}
+    )  # fmt: skip
+    summary = {
+        "best": best["key"],
+        "val_auc": best["val"]["auc"],
+        "auc_heldout": interval.point,
+        "auc_ci": [interval.low, interval.high],
+        "heldout": metrics,
+        "num_train": len(cohort.parts["train"]),
+        "num_val": len(cohort.parts["val"]),
+        "num_heldout": len(test),
+        "num_trials": len(specs),
+        "num_failed": len(failed),
+        "head": str(folder.path / "head"),
+        "registered_model": f"{config.model_name} version {version}",
+        "mlflow_run_id": run_id,
+        "mlflow_ui": tracker.ui_command(),
+        "report": str(folder.report_path),
+        "seconds": round(seconds, 1),
+    }
+    held_out = {
+        "labels": labels, "scores": scores, "patients": patients, "classes": cohort.classes,
+    }  # fmt: skip
+    sections = tune_sections(cohort_facts(cohort), results, failed, best["key"], held_out, summary)
+    attention = attention_section(
+        index_plan(config.index), folder.path / "heldout.json", cohort.classes[-1]
+    )
+    sections += [attention] if attention else []
+    write_report(folder.report_path, sections, f"Tuning {config.label}", str(folder.path))
+    folder.write_summary(summary)
+    tracker.log_artifact(run_id, folder.summary_path)
+    tracker.end_run(run_id, "FINISHED")
+    summary_table("tune", {k: v for k, v in summary.items() if k != "heldout"})
+    return summary
+
+
+def cohort_facts(cohort: Cohort) -> dict[str, Any]:
+    """What the report says of the slides."""
+    return {
+        "slides": len(cohort.slide_ids),
+        "patients": len(set(cohort.patients)),
+        "classes": ", ".join(cohort.classes),
+    } | {f"{name} slides": len(indices) for name, indices in cohort.parts.items()}
+
+
+def _write_predictions(folder: RunFolder, cohort: Cohort, answers: HeldOut) -> None:
+    rows = []
+    for place, i in enumerate(cohort.parts["test"]):
+        rows.append(
+            {
+                "slide_id": cohort.slide_ids[i],
+                "patient_id": cohort.patients[i],
+                "label": cohort.classes[cohort.labels[i]],
+                "probabilities": dict(
+                    zip(cohort.classes, answers.probabilities[place].tolist(), strict=True)
+                ),
+                "attention": answers.attention[place].astype(float).round(6).tolist(),
+                "tile_ids": list(cohort.tile_ids[i]),
+            }
+        )
+    atomic_write_text(folder.path / "heldout.json", json.dumps(json_ready(rows)) + "\n")
+
+
+if __name__ == "__main__":
+    from pipelines.cli import job_main
+
+    job_main("tune")

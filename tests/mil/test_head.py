@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from cytoray.errors import InputError
+from cytoray.mil.config import MILConfig
+from cytoray.mil.head import load_head, save_head
+from cytoray.mil.train import LabelledBag, predict, train_frozen
+from cytoray.mil.train_lora import train_lora
+
+from .test_train_lora import CONFIG, TinyEncoder, make_slides
+
+
+@pytest.fixture
+def frozen():
+    rng = np.random.default_rng(0)
+    bags = [
+        LabelledBag(str(i), rng.normal(size=(i + 1, 8)).astype(np.float32), i % 2) for i in range(6)
+    ]
+    config = MILConfig(aggregator="clam", options={"hidden_dim": 16, "subtyping": True}, epochs=2)
+    return bags, train_frozen(config, bags, bags, 2)
+
+
+def test_a_frozen_head_comes_back_whole(tmp_path, frozen):
+    bags, result = frozen
+    folder = save_head(
+        tmp_path / "head",
+        result,
+        classes=("benign", "malignant"),
+        encoder_id="abc",
+        encoder_name="tiny",
+        extra={"mpp": 0.5, "task": "cancer"},
+    )
+    head = load_head(folder)
+    features = [bag.features for bag in bags]
+    expected = predict(result.build(), features)
+    got = predict(head.aggregator, features)
+    assert np.array_equal(got.logits, expected.logits)
+    assert not head.aggregator.training
+    assert head.classes == ("benign", "malignant")
+    assert (head.encoder_id, head.encoder_name, head.in_dim) == ("abc", "tiny", 8)
+    assert head.config == result.config
+    assert head.extra == {"mpp": 0.5, "task": "cancer"}
+    assert head.val_metrics == pytest.approx(result.val_metrics, nan_ok=True)
+    encoder = TinyEncoder()
+    assert head.adapt(encoder) is encoder
+    assert sorted(p.name for p in folder.iterdir()) == ["head.json", "head.safetensors"]
+
+
+def test_a_lora_head_adapts_its_encoder(tmp_path):
+    source, ids, labels = make_slides(8)
+    encoder = TinyEncoder().eval()
+    result = train_lora(CONFIG, encoder, source, ids[:4], labels[:4], ids[4:], labels[4:], 2)
+    for value in result.lora_state.values():
+        value.add_(0.05)
+    save_head(tmp_path, result, classes=("a", "b"), encoder_id="abc")
+    head = load_head(tmp_path)
+    assert all(torch.equal(head.lora_state[k], v) for k, v in result.lora_state.items())
+    adapted, tiles = head.adapt(encoder), torch.from_numpy(source.tiles["s1"])
+    with torch.no_grad():
+        assert not torch.allclose(adapted(tiles), encoder(tiles), atol=1e-3)
+        assert torch.equal(adapted(tiles), load_head(tmp_path).adapt(encoder)(tiles))
+
+
+def test_what_is_wrong_is_said(tmp_path, frozen):
+    _, result = frozen
+    with pytest.raises(InputError, match="3 class names for 2 classes"):
+        save_head(tmp_path, result, classes=("a", "b", "c"), encoder_id="abc")
+    with pytest.raises(InputError, match="no head at"):
+        load_head(tmp_path)
+    save_head(tmp_path, result, classes=("a", "b"), encoder_id="abc")
+    weights = tmp_path / "head.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="are not those"):
+        load_head(tmp_path)
+    (tmp_path / "head.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        load_head(tmp_path)

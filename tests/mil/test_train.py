@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+
+from cytoray.errors import InputError
+from cytoray.mil.aggregators import AGGREGATORS
+from cytoray.mil.config import MILConfig
+from cytoray.mil.train import LabelledBag, predict, train_frozen
+from cytoray.mil.trial import class_weights, lr_factor
+
+SMALL = {
+    "abmil": {"hidden_dim": 32, "attention_dim": 16},
+    "clam": {"hidden_dim": 32, "attention_dim": 16},
+    "transmil": {"hidden_dim": 32, "heads": 4, "num_landmarks": 4},
+    "dtfd": {"hidden_dim": 32, "attention_dim": 16},
+}
+
+
+def make_bags(count, seed, num_classes=2, width=16, positives=(0.6, 0.3)):
+    """Class 0 is noise; class c has a share of instances shifted along its own axis."""
+    rng = np.random.default_rng(seed)
+    bags = []
+    for index in range(count):
+        label = index % num_classes if positives is None else int(rng.random() < positives[1])
+        size = int(rng.integers(4, 40))
+        features = rng.normal(size=(size, width)).astype(np.float32)
+        if label:
+            features[: max(1, size // 5), label] += 6.0
+        bags.append(LabelledBag(f"s{seed}-{index}", features, label))
+    return bags
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_separable_bags_are_learnt(name):
+    options = SMALL.get(name, {})
+    lr = 3e-3 if options else 3e-2  # those without a hidden layer are linear in the features
+    epochs = 5 if name == "transmil" else 15
+    config = MILConfig(
+        aggregator=name, options=options, lr=lr, epochs=epochs, dropout=0, patience=0
+    )
+    result = train_frozen(config, make_bags(80, 1), make_bags(40, 2), 2)
+    test_bags = make_bags(60, 3)
+    predictions = predict(result.build(), [bag.features for bag in test_bags])
+    labels = np.array([bag.label for bag in test_bags])
+    scores = predictions.probabilities[:, 1]
+    auc = (scores[labels == 1][:, None] > scores[labels == 0]).mean()
+    assert auc > 0.95
+    assert result.val_metrics["auc"] > 0.95
+    assert len(result.history) == epochs
+
+
+def test_several_classes_and_attention_on_the_evidence():
+    config = MILConfig(options=SMALL["abmil"], lr=3e-3, epochs=15, dropout=0.0)
+    result = train_frozen(
+        config, make_bags(90, 1, 3, positives=None), make_bags(45, 2, 3, positives=None), 3
+    )
+    assert result.val_metrics["auc"] > 0.95
+    bag = make_bags(3, 4, 3, positives=None)[2]
+    attention = predict(result.build(), [bag.features]).attention[0]
+    evidence = max(1, len(attention) // 5)
+    assert attention[:evidence].mean() > 3 * attention[evidence:].mean()
+
+
+def test_same_seed_same_result_and_the_callers_random_state_is_left():
+    config = MILConfig(options=SMALL["abmil"], epochs=2, max_instances=10)
+    torch.manual_seed(5)
+    first = train_frozen(config, make_bags(12, 1), make_bags(12, 2), 2)
+    drawn = torch.rand(1)
+    torch.manual_seed(6)
+    second = train_frozen(config, make_bags(12, 1), make_bags(12, 2), 2)
+    assert first.history == second.history
+    assert all(torch.equal(v, second.state_dict[k]) for k, v in first.state_dict.items())
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_best_epoch_is_kept_not_the_last():
+    records = []
+    config = MILConfig(options=SMALL["abmil"], lr=0.05, epochs=12, patience=0)
+    val = make_bags(30, 2)
+    result = train_frozen(config, make_bags(30, 1), val, 2, on_epoch=records.append)
+    assert records == result.history
+    best = max(records, key=lambda r: (r["val_auc"], -r["val_loss"]))
+    assert result.best_epoch == best["epoch"]
+    probabilities = predict(result.build(), [bag.features for bag in val]).probabilities
+    labels = np.array([bag.label for bag in val])
+    accuracy = (probabilities.argmax(1) == labels).mean()
+    assert accuracy == pytest.approx(best["val_accuracy"]) == result.val_metrics["accuracy"]
+
+
+def test_patience_and_the_callback_stop_a_trial():
+    bags = make_bags(30, 1), make_bags(20, 2)
+    config = MILConfig(options=SMALL["abmil"], lr=1e-9, min_lr=0, epochs=50, patience=3)
+    result = train_frozen(config, *bags, 2)
+    assert len(result.history) - result.best_epoch == 3
+    stopped = train_frozen(config, *bags, 2, on_epoch=lambda record: record["epoch"] == 2)
+    assert len(stopped.history) == 2
+
+
+def test_bags_that_do_not_fit_are_named():
+    good, config = make_bags(10, 1), MILConfig()
+    bad = [
+        LabelledBag("empty", np.zeros((0, 16), np.float32), 0),
+        LabelledBag("wide", np.zeros((3, 17), np.float32), 0),
+        LabelledBag("nan", np.full((3, 16), np.nan, np.float32), 1),
+    ]
+    with pytest.raises(InputError) as error:
+        train_frozen(config, good + bad, good, 2)
+    assert [p.split(":")[0] for p in error.value.problems] == ["bag empty", "bag wide", "bag nan"]
+    with pytest.raises(InputError, match="no validation bag"):
+        train_frozen(config, good, [], 2)
+    with pytest.raises(InputError, match="same label"):
+        train_frozen(config, [bag for bag in good if bag.label == 0], good, 2)
+    with pytest.raises(InputError, match=r"0\.\.1"):
+        train_frozen(config, good, [LabelledBag("x", good[0].features, 2)], 2)
+
+
+def test_predict_streams_and_restores_the_mode(monkeypatch):
+    import cytoray.mil.train as module
+
+    bags = make_bags(9, 3)
+    aggregator = train_frozen(MILConfig(epochs=1), make_bags(8, 1), bags, 2).build().train()
+    whole = predict(aggregator, [bag.features for bag in bags])
+    monkeypatch.setattr(module, "PREDICT_INSTANCES", 25)
+    parts = predict(aggregator, (bag.features for bag in bags))
+    assert aggregator.training
+    assert np.allclose(whole.probabilities, parts.probabilities, atol=1e-6)
+    assert [len(a) for a in parts.attention] == [len(bag.features) for bag in bags]
+    assert predict(aggregator, []).probabilities.shape == (0, 2)
+
+
+def test_class_weights_and_schedule():
+    assert class_weights(np.array([0, 0, 0, 1]), 3).tolist() == pytest.approx([4 / 9, 4 / 3, 1.0])
+    factors = [lr_factor(100, 0.1, 0.01, step) for step in range(101)]
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[10] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[100] == pytest.approx(0.01)

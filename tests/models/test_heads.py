@@ -1,0 +1,53 @@
+import torch
+import torch.nn.functional as F
+
+from cytoray.models.heads import DINOHead, PrototypeLayer
+
+
+def _reference(head: DINOHead, x: torch.Tensor) -> torch.Tensor:
+    for index in (0, 2, 4):
+        linear = head.mlp[index]
+        x = x @ linear.weight.T + linear.bias
+        if index < 4:
+            x = 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    x = x / x.norm(dim=1, keepdim=True)
+    w = head.last_layer.weight
+    return x @ (w / w.norm(dim=1, keepdim=True)).T
+
+
+def test_head_is_mlp_then_cosine_to_prototypes():
+    torch.manual_seed(0)
+    head = DINOHead(12, 40, hidden_dim=20, bottleneck_dim=8)
+    x = torch.randn(6, 12)
+    torch.testing.assert_close(head(x), _reference(head, x), atol=1e-6, rtol=1e-5)
+    assert head(x).abs().max() <= 1 + 1e-6
+    assert [layer.out_features for layer in head.mlp if hasattr(layer, "out_features")] == [
+        20,
+        20,
+        8,
+    ]
+
+
+def test_prototype_gain_is_fixed():
+    layer = PrototypeLayer(8, 5)
+    x = F.normalize(torch.randn(3, 8), dim=-1)
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(7.0)
+    torch.testing.assert_close(layer(x), before)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    along = (layer.weight.grad * layer.weight).sum(-1)  # no gradient along a prototype's length
+    torch.testing.assert_close(along, torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_no_rows_still_reach_every_parameter():
+    head = DINOHead(12, 40, hidden_dim=20, bottleneck_dim=8)
+    out = head(torch.zeros(0, 12))
+    assert out.shape == (0, 40)
+    out.sum().backward()
+    assert all(p.grad is not None for p in head.parameters())
+
+
+def test_number_of_layers():
+    assert len(DINOHead(4, 5, num_layers=1, bottleneck_dim=3).mlp) == 1

@@ -1,0 +1,48 @@
+import math
+import pickle
+
+import pytest
+import torch
+
+from cytoray.training import CollapseWatch, TrainingDiverged, check_finite, collapse_message
+
+GOOD = {
+    "feature_std": 0.6,
+    "effective_rank": 20.0,
+    "entropy_bound": math.log(1024),
+    "teacher_entropy": 3.0,
+    "prototype_entropy": 6.0,
+}
+
+
+def test_a_healthy_run_is_silent():
+    assert collapse_message(GOOD) == ""
+    assert collapse_message({"loss": 1.0}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("feature_std", 0.001, "same feature"),
+        ("effective_rank", 1.01, "on a line"),
+        ("teacher_entropy", math.log(1024) - 1e-4, "uniform target"),
+        ("prototype_entropy", 1e-3, "same prototype"),
+    ],
+)
+def test_each_kind_of_collapse(name, value, words):
+    assert words in collapse_message(GOOD | {name: torch.tensor(value)})
+
+
+def test_watch_waits_for_the_warmup_and_for_patience():
+    watch = CollapseWatch(start_step=10, patience=2)
+    bad = GOOD | {"feature_std": 0.0}
+    heard = [bool(watch.update(m, s)) for s, m in enumerate([bad] * 13 + [GOOD] + [bad] * 2)]
+    assert heard == [False] * 11 + [True, True, False, False, True]
+
+
+def test_diverged_says_step_and_value():
+    check_finite({"loss": torch.tensor(1.0), "feature_std": torch.tensor(math.nan)}, 3)
+    with pytest.raises(TrainingDiverged, match=r"step 7: loss_koleo = inf") as caught:
+        check_finite({"loss": 1.0, "loss_koleo": torch.tensor(math.inf)}, 7)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.step, str(again)) == (7, str(caught.value))
