@@ -52,7 +52,7 @@ def load_config(kind: type, argv: list[str], *, prog: str, named: dict[str, Any]
     if argv and not argv[0].startswith("-"):
         name = argv.pop(0)
         if not named:
-            raise InputError(f"{prog} has no named runs; unexpected argument {name!r}")
+            raise InputError(f"`{prog}` has no named runs; unexpected argument {name!r}")
         default = named[choose("named run", name, named)]
     for i, word in enumerate(argv):
         if word == "--config" or word.startswith("--config="):
@@ -76,9 +76,12 @@ def run_job(job: str, argv: list[str]) -> int:
         module = importlib.import_module(f"pipelines.{job}")
         if hasattr(module, "main_argv"):
             return module.main_argv(argv)
-        config = load_config(
-            module.Config, argv, prog=f"cytoray {job}", named=getattr(module, "NAMED", {})
-        )
+        named: dict[str, Any] = {}
+        if argv and not argv[0].startswith("-"):
+            from pipelines.runs import NAMED
+
+            named = NAMED.get(job, {})
+        config = load_config(module.Config, argv, prog=f"cytoray {job}", named=named)
         result = module.run(config)
         return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
     except InputError as error:

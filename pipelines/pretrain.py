@@ -27,7 +27,6 @@ from cytoray.streaming.plan import ReadPlan, make_plan
 from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig, latest_checkpoint
-from pipelines.runs import PRETRAIN_RUNS
 
 _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
@@ -88,9 +87,6 @@ class Config:
     resume: bool = False
     address: str | None = None
     dry_run: bool = False
-
-
-NAMED = PRETRAIN_RUNS
 
 
 def run(config: Config) -> dict[str, Any]:

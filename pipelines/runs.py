@@ -1,7 +1,33 @@
-"""Named runs: configurations as values, started with `cytoray <job> <name>`."""
+"""Named runs: configurations as values, started with `cytoray <job> <name> --index ... --out ...`.
+
+A named run sets what its paper or purpose fixes; flags still win. `tyro.MISSING` marks what the
+user must give.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-PRETRAIN_RUNS: dict[str, Any] = {}
+import tyro
+
+from cytoray.training import CropConfig, HeadConfig, OptimConfig, PretrainConfig
+from pipelines.pretrain import Config as Pretrain
+
+SMOKE = Pretrain(
+    index=tyro.MISSING,
+    out=tyro.MISSING,
+    ssl=PretrainConfig(
+        crops=CropConfig(global_px=96, local_px=48, num_global=2, num_local=4),
+        head=HeadConfig(out_dim=2048, hidden_dim=512, bottleneck_dim=128),
+        optim=OptimConfig(lr=4e-3, warmup_steps=20, freeze_last_layer_steps=10),
+        batch_size=32,
+        total_steps=100,
+    ),
+    checkpoint_every=25,
+    log_every=5,
+    shuffle_chunks=8,
+)
+"""Cost: about two minutes on two cores. DINOv2, ViT-tiny/16 on 96 px crops. It shows that the
+chain works; the encoder is no foundation model."""
+
+NAMED: dict[str, dict[str, Any]] = {"pretrain": {"smoke": SMOKE}}

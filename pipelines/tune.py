@@ -37,6 +37,7 @@ from cytoray.report import write_report
 from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import read_slide_table
+from cytoray.streaming.plan import ReadPlan
 from cytoray.tracking import Tracker
 from pipelines.embed import index_plan
 
@@ -289,7 +290,7 @@ def _finish(
     finite = {f"heldout_{name}": value for name, value in metrics.items() if value == value}
     tracker.log_metrics(
         run_id, finite | {"auc_heldout": interval.point, "auc_heldout_low": interval.low,
-                            "auc_heldout_high": interval.high}
+                          "auc_heldout_high": interval.high}
     )  # fmt: skip
     summary = {
         "best": best["key"],
@@ -297,11 +298,11 @@ def _finish(
         "auc_heldout": interval.point,
         "auc_ci": [interval.low, interval.high],
         "heldout": metrics,
-        "num_train": len(cohort.parts["train"]),
-        "num_val": len(cohort.parts["val"]),
+        "cohort": cohort_facts(cohort),
+        "classes": list(cohort.classes),
         "num_heldout": len(test),
         "num_trials": len(specs),
-        "num_failed": len(failed),
+        "failed": failed,
         "head": str(folder.path / "head"),
         "registered_model": f"{config.model_name} version {version}",
         "mlflow_run_id": run_id,
@@ -309,20 +310,34 @@ def _finish(
         "report": str(folder.report_path),
         "seconds": round(seconds, 1),
     }
-    held_out = {
-        "labels": labels, "scores": scores, "patients": patients, "classes": cohort.classes,
-    }  # fmt: skip
-    sections = tune_sections(cohort_facts(cohort), results, failed, best["key"], held_out, summary)
-    attention = attention_section(
-        index_plan(config.index), folder.path / "heldout.json", cohort.classes[-1]
-    )
-    sections += [attention] if attention else []
-    write_report(folder.report_path, sections, f"Tuning {config.label}", str(folder.path))
     folder.write_summary(summary)
     tracker.log_artifact(run_id, folder.summary_path)
     tracker.end_run(run_id, "FINISHED")
-    summary_table("tune", {k: v for k, v in summary.items() if k != "heldout"})
+    sections = report_sections(folder.path, index_plan(config.index))
+    write_report(folder.report_path, sections, f"Tuning {config.label}", str(folder.path))
+    shown = {k: v for k, v in summary.items() if k not in ("heldout", "cohort", "classes")}
+    summary_table("tune", shown)
     return summary
+
+
+def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
+    """The report's sections of a finished run, from its files alone."""
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    results = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((out / "trials").glob("*/result.json"))
+    ]
+    rows = json.loads((out / "heldout.json").read_text(encoding="utf-8"))
+    classes = summary["classes"]
+    held_out = {
+        "labels": np.array([classes.index(row["label"]) for row in rows]),
+        "scores": np.array([row["probabilities"][classes[-1]] for row in rows]),
+        "patients": np.array([row["patient_id"] for row in rows]),
+        "classes": classes,
+    }
+    sections = tune_sections(results, summary, held_out)
+    attention = attention_section(plan, rows, classes[-1])
+    return sections + ([attention] if attention else [])
 
 
 def cohort_facts(cohort: Cohort) -> dict[str, Any]:

@@ -124,7 +124,8 @@ def embed_slides(
         done += writer.add(columns)
         progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
         progress.update("slides", done, total, "slides")
-    writer.finish()
+    done += writer.finish()
+    progress.update("slides", done, total, "slides")
     return writer.written, writer.quarantine
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,18 +25,21 @@ from cytoray.mil import (
     MILConfig,
     MILHead,
     MILResult,
+    embed_tiles,
     load_head,
     predict,
     save_head,
     train_frozen,
     train_lora,
 )
-from cytoray.mil.train_lora import embed_tiles
 from cytoray.plain import json_ready
 from cytoray.progress import Progress
 from cytoray.streaming.plan import ReadPlan
 from cytoray.streaming.tile_pixels import BagTiles
 from cytoray.tracking import RunLogger
+
+# Our own progress display stands for Tune's tables.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,21 +214,35 @@ def _trainable(config: dict[str, Any], settings: SearchSettings) -> None:
     tune.report({"val_auc": outcome["val"]["auc"], "epoch": outcome["best_epoch"]})
 
 
-class _ShowTrials(tune.Callback):
-    """Counts finished trials on the progress display."""
+class _ShowTrials:
+    """Counts finished trials on the progress display, by the results they leave."""
 
-    def __init__(self, progress: Progress, total: int, before: int) -> None:
-        self._progress, self._total, self._done = progress, total, before
+    def __init__(self, progress: Progress, specs: list[TrialSpec]) -> None:
+        self._progress, self._specs = progress, specs
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._show(trial.config["spec"].key)
+    def __enter__(self) -> _ShowTrials:
+        self._show()
+        self._thread.start()
+        return self
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._show(f"{trial.config['spec'].key} failed")
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
 
-    def _show(self, text: str) -> None:
-        self._done += 1
-        self._progress.update("trials", self._done, self._total, "trials", detail=text)
+    def _follow(self) -> None:
+        while not self._stop.wait(2.0):
+            self._show()
+
+    def _show(self) -> None:
+        done = [result for spec in self._specs if (result := read_result(spec)) is not None]
+        detail = ""
+        if done:
+            best = best_result(done)
+            detail = f"best so far {best['key']}, val AUC {best['val'].get('auc') or 0:.3f}"
+        self._progress.update("trials", len(done), len(self._specs), "trials", detail=detail)
 
 
 def run_grid(
@@ -247,7 +266,6 @@ def run_grid(
         results of all finished trials in grid order, and the message of each failed one by key.
     """
     todo = [spec for spec in specs if read_result(spec) is None]
-    progress.update("trials", len(specs) - len(todo), len(specs), "trials")
     failed: dict[str, str] = {}
     if todo:
         tuner = tune.Tuner(
@@ -263,11 +281,11 @@ def run_grid(
                 name=f"grid-{int(time.time())}",
                 storage_path=str((out / "ray").resolve()),
                 failure_config=tune.FailureConfig(max_failures=1),
-                callbacks=[_ShowTrials(progress, len(specs), len(specs) - len(todo))],
                 verbose=0,
             ),
         )
-        grid = tuner.fit()
+        with _ShowTrials(progress, specs):
+            grid = tuner.fit()
         for i in range(len(grid)):
             error = grid[i].error
             if error is not None:

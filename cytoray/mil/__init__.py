@@ -6,8 +6,9 @@ from cytoray.mil.base import Aggregator, MILOutput
 from cytoray.mil.config import MILConfig
 from cytoray.mil.head import MILHead, load_head, save_head
 from cytoray.mil.packing import PackedBags, pack
+from cytoray.mil.tiles import ArrayTileSource, TileSource, embed_tiles
 from cytoray.mil.train import LabelledBag, Predictions, predict, train_frozen
-from cytoray.mil.train_lora import ArrayTileSource, TileSource, embed_tiles, train_lora
+from cytoray.mil.train_lora import adapt_encoder, train_lora
 from cytoray.mil.trial import MILResult
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PackedBags",
     "Predictions",
     "TileSource",
+    "adapt_encoder",
     "build_aggregator",
     "embed_tiles",
     "load_head",

@@ -1,15 +1,13 @@
 """A MIL trial end to end: tiles through a LoRA-adapted encoder into an aggregator.
 
-Shapes: k tiles, S tile side in pixels, D width of the encoder.
+Pixels stay uint8 (k, S, S, 3) up to the encoder.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +17,13 @@ from cytoray.errors import InputError, raise_problems
 from cytoray.mil.base import Aggregator
 from cytoray.mil.config import MILConfig
 from cytoray.mil.packing import PackedBags, pack
+from cytoray.mil.tiles import (
+    TileSource,
+    embed_tiles,
+    precision_context,
+    spread_indices,
+    turn_and_flip,
+)
 from cytoray.mil.train import LabelledBag, epoch_order, predict, train_frozen
 from cytoray.mil.trial import (
     MILResult,
@@ -30,92 +35,6 @@ from cytoray.mil.trial import (
     seeded,
 )
 from cytoray.models.lora import add_lora, lora_state_dict, set_lora_training, trainable_parameters
-
-
-class TileSource(Protocol):
-    """Where a trial gets its pixels from."""
-
-    def num_tiles(self, slide_id: str) -> int:
-        """How many tiles the slide's bag has."""
-        ...
-
-    def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Pixels of the tiles at `indices` (k,), each in 0..num_tiles-1: uint8 (k, S, S, 3)."""
-        ...
-
-
-class ArrayTileSource:
-    """Tiles held in memory.
-
-    Args:
-        tiles: uint8 (N, S, S, 3) of each slide.
-    """
-
-    def __init__(self, tiles: Mapping[str, np.ndarray]) -> None:
-        self.tiles = tiles
-
-    def num_tiles(self, slide_id: str) -> int:
-        """See `TileSource`."""
-        return len(self.tiles[slide_id])
-
-    def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """See `TileSource`."""
-        return self.tiles[slide_id][indices]
-
-
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16, or nothing; `auto` is bf16 on a GPU."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-def spread_indices(num_tiles: int, limit: int) -> np.ndarray:
-    """At most `limit` tile indices, evenly spread over the bag: (k,) int64."""
-    return np.linspace(0, num_tiles - 1, min(limit, num_tiles)).round().astype(np.int64)
-
-
-def turn_and_flip(tiles: Tensor, rng: np.random.Generator) -> Tensor:
-    """Give each square tile (k, S, S, 3) one of the eight turns and flips at random."""
-    which = torch.from_numpy(rng.integers(0, 8, tiles.shape[0])).to(tiles.device)
-    out = tiles.clone()
-    for variant in range(1, 8):
-        chosen = which == variant
-        turned = torch.rot90(tiles[chosen], variant % 4, dims=(1, 2))
-        out[chosen] = turned.flip(2) if variant >= 4 else turned
-    return out
-
-
-@torch.no_grad()
-def embed_tiles(
-    encoder: nn.Module,
-    tile_source: TileSource,
-    slide_id: str,
-    indices: np.ndarray,
-    *,
-    batch_tiles: int = 128,
-    precision: str = "auto",
-    rng: np.random.Generator | None = None,
-) -> Tensor:
-    """Features of some tiles of a slide, in batches: (k, D) float32 on the CPU.
-
-    Args:
-        encoder: uint8 (B, H, W, 3) to (B, D); its mode is left as it is.
-        tile_source: gives the pixels, one batch at a time.
-        slide_id: the slide.
-        indices: (k,) tiles, k >= 1.
-        batch_tiles: tiles a forward.
-        precision: `auto`, `fp32` or `bf16`.
-        rng: handed to the tile source.
-    """
-    device = next(encoder.parameters()).device
-    rng = rng or np.random.default_rng(0)
-    features = []
-    for start in range(0, len(indices), batch_tiles):
-        pixels = tile_source(slide_id, indices[start : start + batch_tiles], rng)
-        with precision_context(precision, device):
-            features.append(encoder(torch.from_numpy(pixels).to(device)).float().cpu())
-    return torch.cat(features)
 
 
 def backbone_of(encoder: nn.Module) -> nn.Module:

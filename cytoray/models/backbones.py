@@ -69,7 +69,7 @@ def _create_vit(name: str, *, pretrained: bool, kwargs: Mapping[str, Any]) -> Vi
     options = {"dynamic_img_size": True, "num_classes": 0, "global_pool": "token", **kwargs}
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, OSError, RuntimeError) as error:
         raise InputError(f"timm cannot build backbone {name!r} with {dict(kwargs)}: {error}") from (
             error
         )

@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,17 +113,20 @@ class Encoder(nn.Module):
 
     Attributes:
         embed_dim: width D of what `forward` returns.
-        encoder_id: first 16 hex digits of the weights' SHA-256, the same on every machine.
     """
 
     mean: Tensor
     std: Tensor
 
+    @cached_property
+    def encoder_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of the weights, the same on every machine."""
+        return weights_id(self.model.state_dict())
+
     def __init__(self, model: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
-        self.encoder_id = weights_id(model.state_dict())
         self.embed_dim = spec.embed_dim * (2 if spec.pooling == "cls+mean" else 1)
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
@@ -244,7 +248,7 @@ def read_encoder(folder: str | Path) -> tuple[dict[str, Tensor], EncoderSpec]:
         spec = EncoderSpec(**fields)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"encoder folder {folder} is damaged: {error}") from error
-    if plain.get("encoder_id", weights_id(weights)) != weights_id(weights):
+    if plain.get("encoder_id") != weights_id(weights):
         raise InputError(f"encoder folder {folder} is damaged: weights and {SPEC_FILE} differ")
     return weights, spec
 
@@ -302,9 +306,11 @@ def _from_timm(name: str, *, pretrained: bool, seed: int, kwargs: Mapping[str, A
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cast(
-            Any, timm.create_model(name, pretrained=pretrained, num_classes=0, **dict(kwargs))
-        )
+        try:
+            options = {"pretrained": pretrained, "num_classes": 0, **kwargs}
+            model = cast(Any, timm.create_model(name, **options))
+        except (OSError, RuntimeError, TypeError) as error:
+            raise InputError(f"timm cannot make encoder {name!r}: {error}") from error
     data = resolve_model_data_config(model)
     patch_embed = getattr(model, "patch_embed", None)
     patch_size = getattr(patch_embed, "patch_size", None) or (0,)

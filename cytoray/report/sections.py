@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,22 +189,16 @@ def _rendered(
 
 
 def tune_sections(
-    facts: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
-    failed: Mapping[str, str],
-    best_key: str,
-    held_out: Mapping[str, Any],
     summary: Mapping[str, Any],
+    held_out: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """The trial table, the held-out result with its ROC, and the failures.
+    """The trial table with its failures, and the held-out result with its ROC.
 
     Args:
-        facts: of the cohort.
         results: of the finished trials.
-        failed: message by trial key.
-        best_key: the trial chosen.
-        held_out: `labels` int (N,), `scores` float (N,), `patients` (N,), `classes`.
         summary: of the run.
+        held_out: `labels` int (N,), `scores` float (N,), `patients` (N,), `classes`.
     """
     low, high = summary["auc_ci"]
     rows = [
@@ -223,11 +216,11 @@ def tune_sections(
     ]
     trials: dict[str, Any] = {
         "title": "Trials",
-        "facts": facts,
-        "tables": [trial_table(rows, best=best_key, caption="Chosen by validation AUC.")],
+        "facts": summary["cohort"],
+        "tables": [trial_table(rows, best=summary["best"], caption="Chosen by validation AUC.")],
     }
-    if failed:
-        trials["text"] = [f"{key} failed: {message}" for key, message in failed.items()]
+    if summary["failed"]:
+        trials["text"] = [f"{key} failed: {text}" for key, text in summary["failed"].items()]
     figures = []
     if len(held_out["classes"]) == 2:
         figures.append(
@@ -256,9 +249,16 @@ def tune_sections(
     return [trials, result]
 
 
-def attention_section(plan: ReadPlan, held_out_file: Path, positive: str) -> dict[str, Any] | None:
-    """Attention of the chosen head over the positive held-out slide it is surest of."""
-    rows = json.loads(held_out_file.read_text(encoding="utf-8"))
+def attention_section(
+    plan: ReadPlan, rows: Sequence[Mapping[str, Any]], positive: str
+) -> dict[str, Any] | None:
+    """Attention of the chosen head over the positive held-out slide it is surest of.
+
+    Args:
+        plan: the slides.
+        rows: held-out slides with `slide_id`, `label`, `probabilities`, `attention`, `tile_ids`.
+        positive: the class to look for.
+    """
     candidates = [row for row in rows if row["label"] == positive]
     if not candidates:
         return None

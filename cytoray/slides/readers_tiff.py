@@ -69,6 +69,7 @@ class TiffReader(SlideReader):
         self._cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
+        self._scratch: np.ndarray | None = None
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         self._size_bytes = os.fstat(self._file.fileno()).st_size
 
@@ -85,9 +86,12 @@ class TiffReader(SlideReader):
         layout = self.levels[level]
         tw, th = layout.tile_width, layout.tile_height
         out = np.empty((height, width, 3), np.uint8)
+        columns_again = _needed_again(x, width, tw, layout.width)
+        rows_again = _needed_again(y, height, th, layout.height)
         for row in range(y // th, (y + height - 1) // th + 1):
             for column in range(x // tw, (x + width - 1) // tw + 1):
-                tile = self._tile(level, row * layout.columns + column)
+                keep = row in rows_again or column in columns_again
+                tile = self._tile(level, row * layout.columns + column, keep)
                 left, top = column * tw, row * th
                 x0, x1 = max(left, x), min(left + tw, x + width)
                 y0, y1 = max(top, y), min(top + th, y + height)
@@ -96,35 +100,41 @@ class TiffReader(SlideReader):
                 ]
         return out
 
-    def _tile(self, level: int, index: int) -> np.ndarray:
-        """One decoded tile, uint8 (tile_height, tile_width, 3), from the cache or the file."""
+    def _tile(self, level: int, index: int, keep: bool) -> np.ndarray:
+        """One decoded tile, uint8 (tile_height, tile_width, 3), valid until the next call.
+
+        A tile to `keep` goes into the cache; the others share one buffer, so that the bulk of a
+        chunk is decoded without touching new memory.
+        """
         key = (level, index)
         cached = self._cache.get(key)
         if cached is not None:
             self._cache.move_to_end(key)
             return cached
         layout = self.levels[level]
-        tile = self._spare(layout)
+        shape = (layout.tile_height, layout.tile_width, 3)
+        tile, self._scratch = self._scratch, None
+        if tile is None or tile.shape != shape:
+            tile = np.empty(shape, np.uint8)
         try:
             self._decode(self.tile_stream(level, index), layout.tables, layout.is_ycbcr, tile)
         except SlideError as error:
             row, column = divmod(index, layout.columns)
             region = f"level {level} tile column {column} row {row}"
             raise SlideError(error.code, f"{error.message}, {region}", region) from error
-        self._cache[key] = tile
-        self._cached_bytes += tile.nbytes
+        if keep:
+            self._keep(key, tile)
+        else:
+            self._scratch = tile
         return tile
 
-    def _spare(self, layout: TiledLevel) -> np.ndarray:
-        """A tile buffer: the one least recently used when the cache is full, else a new one."""
-        shape = (layout.tile_height, layout.tile_width, 3)
-        spare = None
-        while self._cached_bytes > self._cache_bytes:
-            _, spare = self._cache.popitem(last=False)
-            self._cached_bytes -= spare.nbytes
-        if spare is not None and spare.shape == shape:
-            return spare
-        return np.empty(shape, np.uint8)
+    def _keep(self, key: tuple[int, int], tile: np.ndarray) -> None:
+        """Put a tile into the cache; what falls out becomes the next buffer."""
+        self._cache[key] = tile
+        self._cached_bytes += tile.nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            _, self._scratch = self._cache.popitem(last=False)
+            self._cached_bytes -= self._scratch.nbytes
 
     def tile_stream(self, level: int, index: int) -> bytes:
         """The JPEG stream of one tile as it lies in the file, without the shared tables."""
@@ -134,6 +144,21 @@ class TiffReader(SlideReader):
             raise SlideError("decode_error", "the file ends before this tile (truncated)")
         self._file.seek(offset)
         return self._file.read(size)
+
+
+def _needed_again(start: int, length: int, side: int, limit: int) -> set[int]:
+    """Tile columns (or rows) that a neighbouring region will want too.
+
+    Where a region's border cuts through a tile, that tile and, for a neighbour with a halo, the
+    one further in. A border between tiles, or at the level's own border, has no such tiles.
+    """
+    again: set[int] = set()
+    end = start + length
+    if start % side:
+        again |= {start // side, start // side + 1}
+    if end % side and end < limit:
+        again |= {end // side, end // side - 1}
+    return again
 
 
 def read_layout(path: str, level_dimensions: tuple[tuple[int, int], ...]) -> tuple[TiledLevel, ...]:

@@ -9,6 +9,8 @@ import numpy as np
 
 # Enlarging by more than a tenth is done with cubic interpolation.
 SHARPEN_BELOW = 0.9
+# Below this (shrinking by under a fifth) linear interpolation blurs enough by itself.
+LEAST_SIDE_TAP = 0.02
 
 
 def resample(
@@ -67,6 +69,6 @@ def antialias_sigma(ratio: float) -> float:
     The taps (a, 1 - 2a, a) have the variance 2a, hence a = (ratio² - 1) / 24, up to a plain mean.
     """
     side = min((ratio * ratio - 1) / 24, 0.33)
-    if side < 0.005:
+    if side < LEAST_SIDE_TAP:
         return 0.0
     return math.sqrt(-0.5 / math.log(side / (1 - 2 * side)))

@@ -8,17 +8,9 @@ from torch import nn
 
 from cytoray.errors import InputError
 from cytoray.mil.config import MILConfig
+from cytoray.mil.tiles import ArrayTileSource, embed_tiles, spread_indices
 from cytoray.mil.train import predict
-from cytoray.mil.train_lora import (
-    ArrayTileSource,
-    _LoraSession,
-    adapt_encoder,
-    backbone_of,
-    embed_tiles,
-    spread_indices,
-    train_lora,
-    turn_and_flip,
-)
+from cytoray.mil.train_lora import _LoraSession, adapt_encoder, backbone_of, train_lora
 from cytoray.models.encoder import load_encoder, save_encoder
 from cytoray.models.lora import load_lora_state, merge_lora, trainable_parameters
 
@@ -204,33 +196,6 @@ def test_sampled_bags_are_at_most_tiles_per_bag():
     sizes = [min(6, source.num_tiles(slide_id)) for slide_id in ids]
     assert packed.offsets.diff().tolist() == sizes
     assert packed.features.requires_grad
-
-
-def test_embedding_in_batches_equals_one_forward():
-    source, ids, _ = make_slides(1)
-    encoder, indices = TinyEncoder().eval(), np.arange(5)
-    with torch.no_grad():
-        whole = encoder(torch.from_numpy(source.tiles[ids[0]][:5]))
-    parts = embed_tiles(encoder, source, ids[0], indices, batch_tiles=2)
-    assert torch.allclose(whole, parts, atol=1e-5)
-
-
-def test_turns_and_flips_are_the_eight_symmetries():
-    tile = torch.arange(48, dtype=torch.uint8).reshape(1, 4, 4, 3)
-    turned = turn_and_flip(tile.expand(200, -1, -1, -1), np.random.default_rng(0))
-    distinct = {tuple(t.flatten().tolist()) for t in turned}
-    symmetries = {
-        tuple(torch.rot90(side, k, (0, 1)).flatten().tolist())
-        for side in (tile[0], tile[0].flip(1))
-        for k in range(4)
-    }
-    assert distinct == symmetries
-
-
-def test_spread_indices_cover_the_bag():
-    assert spread_indices(3, 10).tolist() == [0, 1, 2]
-    spread = spread_indices(1000, 10)
-    assert (spread[0], spread[-1], len(set(spread.tolist()))) == (0, 999, 10)
 
 
 def test_bad_input_is_named():

@@ -275,6 +275,25 @@ def test_nothing_in_a_step_waits_for_the_device(method):
     assert waits.seen  # reading a value is what the mode catches
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["dinov2", "ibot"])
+def test_cuda_agrees_with_the_cpu_and_is_never_waited_for(method):
+    config = _config(method=method)
+    exact = _run(PretrainEngine(config, "cpu"), range(3))
+    engine = PretrainEngine(config, "cuda")
+    found = [engine.step(_batch(0), 0), engine.step(_batch(1), 1)]
+    batch = _batch(2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found.append(engine.step(batch, 2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.precision == "bf16"
+    for got, expected in zip(found, exact, strict=True):
+        assert float(got["loss"]) == pytest.approx(expected["loss"], rel=0.05)
+
+
 def test_exported_encoder_is_the_teacher(tmp_path):
     config = _config()
     engine = PretrainEngine(config, "cpu")
