@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ except ImportError:
 # At least the whole slide must be read once for a figure; above this it is cut short.
 MAX_CHUNKS_PER_SLIDE = 9
 UNALIGNED = 1.1
+# A way of reading: yields tiles one after another, and keeps none.
+Way = Callable[[], Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -90,52 +93,46 @@ def tiles_of(layout: SlideGrid) -> Iterator[tuple[int, int]]:
             yield x, y
 
 
-def read_ours(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+def read_ours(path: str, layout: SlideGrid) -> Way:
     """Chunks through the reader ladder, cut into tiles of their own memory."""
     slide = open_slide(path)
 
-    def read() -> list[np.ndarray]:
-        tiles = []
+    def read() -> Iterator[np.ndarray]:
         for column, row in chunks_of(layout):
             chunk = read_chunk(slide, UNIT_MPP, layout.grid, column, row)
-            for index in mask_indices(layout.valid_mask(column, row)):
-                tiles.append(chunk.tile(int(index)).copy())
+            yield from chunk.tiles(mask_indices(layout.valid_mask(column, row)))
         if isinstance(slide, TiffReader):
             slide.clear_cache()
-        return tiles
 
     return read
 
 
-def read_openslide(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+def read_openslide(path: str, layout: SlideGrid) -> Way:
     """One OpenSlide call per tile, resized with OpenCV where the scale is not 1."""
     slide = openslide.OpenSlide(path)
     side, scale = layout.grid.tile_px, layout.scale_x
     source_px = round(side * scale)
 
-    def read() -> list[np.ndarray]:
+    def read() -> Iterator[np.ndarray]:
         slide.set_cache(openslide.OpenSlideCache(256 << 20))
-        tiles = []
         for x, y in tiles_of(layout):
             corner = (round(x * scale), round(y * scale))
             region = slide.read_region(corner, 0, (source_px, source_px)).convert("RGB")
             tile = np.asarray(region)
             if source_px != side:
                 tile = cv2.resize(tile, (side, side), interpolation=cv2.INTER_AREA)
-            tiles.append(tile)
-        return tiles
+            yield tile
 
     return read
 
 
-def read_ratiopath(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
+def read_ratiopath(path: str, layout: SlideGrid) -> Way:
     """ratiopath's own tile reader, 64 tiles a batch as one of its Ray tasks would get."""
     corners = list(tiles_of(layout))
     side = layout.grid.tile_px
 
-    def read() -> list[np.ndarray]:
+    def read() -> Iterator[np.ndarray]:
         assert ratiopath_read is not None
-        tiles = []
         for start in range(0, len(corners), 64):
             part = corners[start : start + 64]
             batch = {
@@ -146,14 +143,13 @@ def read_ratiopath(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray
                 "tile_extent_x": [side] * len(part),
                 "tile_extent_y": [side] * len(part),
             }
-            tiles += list(ratiopath_read(batch)["tile"])
-        return tiles
+            yield from ratiopath_read(batch)["tile"]
 
     return read
 
 
-def decode_limit(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]:
-    """Decode the JPEG tiles under the chunks into one buffer, from memory: (pixels,) is kept."""
+def decode_limit(path: str, layout: SlideGrid) -> Way:
+    """Decode the JPEG tiles under the chunks into one buffer, from memory."""
     with open_slide(path, reader="tiff") as slide:
         assert isinstance(slide, TiffReader)
         level = slide.levels[0]
@@ -167,22 +163,22 @@ def decode_limit(path: str, layout: SlideGrid) -> Callable[[], list[np.ndarray]]
     decode = tile_decoder()
     buffer = np.empty((level.tile_height, level.tile_width, 3), np.uint8)
 
-    def read() -> list[np.ndarray]:
+    def read() -> Iterator[np.ndarray]:
         for stream in streams:
             decode(stream, level.tables, level.is_ycbcr, buffer)
-        return [buffer]
+            yield buffer
 
     return read
 
 
-def measure(ways: dict[str, list[Callable[[], list[np.ndarray]]]], rounds: int) -> dict:
+def measure(ways: dict[str, list[Way]], rounds: int) -> dict:
     """Seconds of every way in every round, ways interleaved: name to (rounds,)."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, readers in ways.items():
             started = time.perf_counter()
             for read in readers:
-                read()
+                deque(read(), maxlen=0)
             if number:  # the first round warms the file cache
                 seconds[name].append(time.perf_counter() - started)
     return {name: np.array(values) for name, values in seconds.items()}

@@ -56,27 +56,49 @@ def from_plain(kind: type[T], values: dict[str, Any], *, where: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
+    """The value as the field's type asks for it; `where` names the field in messages."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _convert(typing.get_args(hint)[0], value, where)
+        return _convert(args[0], value, where)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        options = [a for a in typing.get_args(hint) if a is not type(None)]
-        return _convert(options[0], value, where) if len(options) == 1 else value
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return from_plain(hint, value, where=where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        args = typing.get_args(hint)
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        kinds = [inner] * len(value) if inner is not None else list(args)
-        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=False))
+        options = [a for a in args if a is not type(None)]
+        fits = len(options) > 1 or (value is None and type(None) in args)
+        return value if fits else _convert(options[0], value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise InputError(f"{where}: {value!r} is none of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    if is_dataclass or origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {value!r} does not hold `name: value` lines")
+        if is_dataclass:
+            return from_plain(hint, value, where=where)
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{where}: {value!r} is not a list")
+    any_length = len(args) == 2 and args[1] is Ellipsis
+    kinds = [args[0]] * len(value) if any_length else list(args)
+    if len(kinds) != len(value):
+        raise InputError(f"{where}: {value!r} must have {len(kinds)} values")
+    return tuple(_convert(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is Path:
+        if not isinstance(value, (str, Path)):
+            raise InputError(f"{where}: {value!r} is not a path")
         return Path(value)
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if hint is float:
         try:
             return float(value)
-        except ValueError:
+        except (TypeError, ValueError):
             raise InputError(f"{where}: {value!r} is not a number") from None
     if hint in (int, bool, str) and not isinstance(value, hint):
         raise InputError(f"{where}: {value!r} is not {hint.__name__}")

@@ -187,8 +187,9 @@ class SlideIndexer:
 
 
 def plain_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    """The slide's own columns of the manifest; its scale and plane are settled elsewhere."""
+    """The slide's own columns of the manifest; the mpp it states is kept apart from the result."""
     row = {name: value for name, value in entry.items() if name not in ("mpp", "z")}
+    row["manifest_mpp"] = entry.get("mpp")
     row["file_size_bytes"], row["file_mtime_ns"] = fingerprint(entry["path"])
     return row
 
@@ -207,7 +208,8 @@ def refused(
 
 def _write_part(part: Path, indexed: IndexedSlide, nuclei: np.ndarray, detector: str) -> None:
     metadata = {
-        "row": json.dumps(indexed.row),
+        # Labels are taken from the manifest later; here a date among them need only be writable.
+        "row": json.dumps(indexed.row, default=str),
         "quarantine": json.dumps(indexed.quarantine, default=datetime.isoformat),
     }
     write_nuclei(part, indexed.row["slide_id"], nuclei, detector, metadata)
@@ -230,12 +232,14 @@ def read_indexed(part: Path) -> IndexedSlide | None:
 
 
 def is_finished(out: str | Path, entry: dict[str, Any]) -> bool:
-    """Whether the slide was indexed without fault and its file is the one that was read.
+    """Whether the slide was indexed without fault, from this file and with this mpp stated.
 
     A slide that was quarantined is tried again: the file may have been mended.
     """
     indexed = read_indexed(part_path(out, entry["slide_id"]))
-    if indexed is None or not indexed.ok or indexed.row["path"] != entry["path"]:
+    if indexed is None or not indexed.ok:
         return False
-    known = (indexed.row["file_size_bytes"], indexed.row["file_mtime_ns"])
-    return known == fingerprint(entry["path"])
+    known = tuple(
+        indexed.row[name] for name in ("path", "manifest_mpp", "file_size_bytes", "file_mtime_ns")
+    )
+    return known == (entry["path"], entry.get("mpp"), *fingerprint(entry["path"]))

@@ -12,14 +12,16 @@ from typing import Any
 import ray
 
 from cytoray.config import to_plain
-from cytoray.distributed.cluster import Need, Share, check_fits, connect, share_cpus
+from cytoray.distributed.cluster import Need, Share, Shared, check_fits, connect, share_cpus
 from cytoray.distributed.pretrain import LoopSettings, run_training
 from cytoray.distributed.watch import EventWatch
 from cytoray.errors import InputError, choose
 from cytoray.models.encoder import replace_folder
 from cytoray.nuclei import DETECTORS
-from cytoray.perturb import CROP_POLICIES
+from cytoray.perturb import CROP_POLICIES, CropPolicy
 from cytoray.progress import Progress, summary_table
+from cytoray.report import write_report
+from cytoray.report.sections import example_views, pretrain_section
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import grid_of_row, read_slide_table
 from cytoray.streaming import ChunkOrder
@@ -112,7 +114,7 @@ def run(config: Config) -> dict[str, Any]:
         order=ChunkOrder(
             num_chunks=plan.num_chunks, seed=ssl.seed, shuffle_chunks=config.shuffle_chunks
         ),
-        plan=[ray.put(plan)],
+        plan=Shared(plan),
         share=share,
         folder=folder,
         end_epoch=end_epoch,
@@ -212,14 +214,10 @@ def _reader_config(config: Config) -> TileReaderConfig:
             f"{config.index} has no nuclei table; run `cytoray index` with a --detector, or use "
             "--nuclei detect"
         )
-    crops = config.ssl.crops
-    policy = replace(
-        CROP_POLICIES[config.ssl.method], num_global=crops.num_global, num_local=crops.num_local
-    )
     use_table = has_table and config.nuclei != "detect"
     return TileReaderConfig(
         seed=config.ssl.seed,
-        policy=policy,
+        policy=crop_policy(config.ssl),
         perturb=config.perturb,
         nuclei_dir=str((config.index / "nuclei").resolve()) if use_table else "",
         detector=config.detector,
@@ -278,12 +276,41 @@ def _finish(
         "num_quarantined_tiles": _quarantined_tiles(folder.path),
         "encoder": str(encoder),
         "mlflow_run_id": run_id,
+        "report": str(folder.report_path),
         "seconds": round(seconds, 1),
         "next": f"cytoray embed --index {config.index} --encoder {encoder} --out BAGS",
     }
     folder.write_summary(summary)
+    section = pretrain_section(list(folder.read_events()), summary, example_picture(config, plan))
+    write_report(folder.report_path, [section], "Pretraining", str(folder.path))
     summary_table("pretrain", summary)
     return summary
+
+
+def example_picture(config: Config, plan: ReadPlan) -> bytes | None:
+    """Some tiles as the model sees them; None without a nuclei table."""
+    if not _has_nuclei_table(config.index):
+        return None
+    crops = config.ssl.crops
+    return example_views(
+        plan,
+        config.index,
+        crop_policy(config.ssl),
+        radius_um=config.perturb.radius_um,
+        retain_fraction=config.perturb.retain_fraction,
+        global_px=crops.global_px,
+        local_px=crops.local_px,
+        seed=config.ssl.seed,
+    )
+
+
+def crop_policy(ssl: PretrainConfig) -> CropPolicy:
+    """The method's crop policy with the configured numbers of crops."""
+    return replace(
+        CROP_POLICIES[ssl.method],
+        num_global=ssl.crops.num_global,
+        num_local=ssl.crops.num_local,
+    )
 
 
 def _quarantined_tiles(out: Path) -> int:

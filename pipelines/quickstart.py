@@ -9,10 +9,9 @@ from typing import Any
 
 from cytoray.config import to_plain
 from cytoray.mil import MILConfig
-from cytoray.perturb import CROP_POLICIES
 from cytoray.progress import duration, summary_table
 from cytoray.report import write_report
-from cytoray.report.sections import example_views, index_section, pretrain_section
+from cytoray.report.sections import index_section, pretrain_section
 from cytoray.runs import MAY_CHANGE, RunFolder, read_events
 from cytoray.slides import read_quarantine
 from cytoray.synthetic import SynthConfig
@@ -34,13 +33,16 @@ class Config:
         aggregators: to tune over.
         lora_ranks: to tune over.
         mil: everything else of a trial.
+        lora_epochs: epochs end to end of trials with a LoRA rank.
         seed: of the slides, of pretraining and of the split.
         resume: go on where an earlier quickstart in `out` was stopped.
         address: a running Ray cluster that sees `out`; default: start one here.
     """
 
     out: Path = Path("quickstart")
-    slides: SynthConfig = field(default_factory=SynthConfig)
+    slides: SynthConfig = field(
+        default_factory=lambda: SynthConfig(num_slides=40, held_out=16, witness=0.2)
+    )
     tile_px: int = 128
     mpp: float = 0.5
     epochs: float = 1.0
@@ -48,10 +50,9 @@ class Config:
     aggregators: tuple[str, ...] = ("mean", "abmil")
     lora_ranks: tuple[int, ...] = (0, 4)
     mil: MILConfig = field(
-        default_factory=lambda: MILConfig(
-            epochs=40, patience=15, lr=1e-3, tiles_per_bag=16, eval_tiles=256, warm_start_epochs=20
-        )
+        default_factory=lambda: MILConfig(epochs=40, patience=15, lr=1e-3, tiles_per_bag=16)
     )
+    lora_epochs: int = 5
     seed: int = 0
     resume: bool = False
     address: str | None = None
@@ -99,6 +100,7 @@ def run(config: Config) -> dict[str, Any]:
             lora_ranks=config.lora_ranks,
             lrs=(config.mil.lr,),
             mil=config.mil,
+            lora_epochs=config.lora_epochs,
             seed=config.seed,
             tracking_uri=tracking_uri,
             **shared,
@@ -142,21 +144,7 @@ def _write_report(
     summary: dict[str, Any],
 ) -> None:
     plan = pretrain.read_plan(pretraining)
-    crops = pretraining.ssl.crops
-    views = example_views(
-        plan,
-        pretraining.index,
-        replace(
-            CROP_POLICIES[pretraining.ssl.method],
-            num_global=crops.num_global,
-            num_local=crops.num_local,
-        ),
-        radius_um=pretraining.perturb.radius_um,
-        retain_fraction=pretraining.perturb.retain_fraction,
-        global_px=crops.global_px,
-        local_px=crops.local_px,
-        seed=pretraining.ssl.seed,
-    )
+    views = pretrain.example_picture(pretraining, plan)
     events = list(read_events(pretraining.out / "events.jsonl"))
     quarantine = read_quarantine(indexed["quarantine"]).num_rows
     overview = {

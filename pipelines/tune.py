@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from cytoray.config import to_plain
-from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.cluster import Need, Shared, check_fits, connect
 from cytoray.distributed.embed import EncoderChoice
 from cytoray.distributed.search import (
     Cohort,
@@ -56,6 +55,8 @@ class Config:
         lora_ranks: ranks to try; 0 leaves the encoder frozen.
         lrs: learning rates of the aggregator to try.
         mil: everything else of a trial.
+        lora_epochs: epochs end to end of trials with a LoRA rank; before them the head learns on
+            the frozen features for `mil.epochs`.
         val_fraction: share of the training patients held back to choose the epoch and the trial.
         test_fraction: share of the patients to test on, where the manifest has no `split`.
         seed: of the split.
@@ -79,6 +80,7 @@ class Config:
     lora_ranks: tuple[int, ...] = (0, 4)
     lrs: tuple[float, ...] = (5e-4,)
     mil: MILConfig = field(default_factory=MILConfig)
+    lora_epochs: int = 10
     val_fraction: float = 0.25
     test_fraction: float = 0.25
     seed: int = 0
@@ -117,8 +119,8 @@ def run(config: Config) -> dict[str, Any]:
     specs = grid_specs(config, folder, tracker, run_id)
     uses_lora = any(rank > 0 for rank in config.lora_ranks)
     settings = SearchSettings(
-        cohort=[ray.put(cohort)],
-        plan=[ray.put(index_plan(config.index))] if uses_lora else [],
+        cohort=Shared(cohort),
+        plan=Shared(index_plan(config.index)) if uses_lora else None,
         encoder=choice,
         tracking_uri=tracker.uri,
         cpus_per_trial=config.cpus_per_trial,
@@ -223,6 +225,8 @@ def grid_specs(
     grid = itertools.product(config.aggregators, config.lora_ranks, config.lrs)
     for aggregator, rank, lr in grid:
         mil = replace(config.mil, aggregator=aggregator, lora_rank=rank, lr=lr)
+        if rank > 0:
+            mil = replace(mil, epochs=config.lora_epochs, warm_start_epochs=config.mil.epochs)
         text = json.dumps(to_plain(mil), sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
         key = f"{aggregator}-r{rank}-lr{lr:g}-{digest}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray import cloudpickle
 
 from cytoray.errors import InputError
 
@@ -17,6 +20,8 @@ _QUIET = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _AUTH_TOKEN = Path("~/.ray/auth_token")
+_NO_CLUSTER = "start one with `ray start --head`, or leave --address out to run here"
+_ANSWER_WITHIN_S = 5.0
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
@@ -38,6 +43,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     options = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "cytoray"}
     if address:
+        check_reachable(address)
         if _AUTH_TOKEN.expanduser().exists():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
@@ -45,11 +51,30 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"no Ray cluster answers at {address!r} ({str(error).strip().splitlines()[0]}); "
-                "start one with `ray start --head`, or leave --address out to run here"
+                f"{_NO_CLUSTER}"
             ) from None
     else:
         cpus = num_cpus or int(os.environ.get("CYTORAY_NUM_CPUS", "0")) or _usable_cores()
         ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
+
+
+def check_reachable(address: str) -> None:
+    """Knock at a `HOST:PORT` address; Ray itself tries for minutes before it gives up.
+
+    Raises:
+        InputError: it has no port, or nobody listens there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not host or not port.isdigit():
+        raise InputError(f"--address {address!r} must be `auto` or HOST:PORT, e.g. 10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address!r} ({error}); {_NO_CLUSTER}"
+        ) from None
 
 
 def _usable_cores() -> int:
@@ -146,3 +171,18 @@ def share_cpus(
         min_readers=1,
         max_readers=max(1, most),
     )
+
+
+class Shared:
+    """A value put into the object store once, for actors of any job stage to look at.
+
+    It travels as bytes: a reference among an actor's arguments makes Ray print an error for every
+    pool. The value stays in the store as long as the process that put it there lives.
+    """
+
+    def __init__(self, value: object) -> None:
+        self._reference = cloudpickle.dumps(ray.put(value))
+
+    def get(self) -> Any:
+        """The value; arrays in it are read-only views of the store."""
+        return ray.get(cloudpickle.loads(self._reference))

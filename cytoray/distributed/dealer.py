@@ -29,7 +29,7 @@ class Dealer:
     """Runs the stream in a thread and answers each rank's request for its share of a step."""
 
     def __init__(self, source: dict[str, Any], dealing: dict[str, Any]) -> None:
-        plan: ReadPlan = ray.get(source["plan"][0])
+        plan: ReadPlan = source["plan"].get()
         order: ChunkOrder = source["order"]
         first = order.first_position(dealing["start"])
         stop = dealing["end_epoch"] * order.num_chunks

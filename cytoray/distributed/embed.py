@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 import torch
 
+from cytoray.distributed.cluster import Shared
 from cytoray.distributed.tile_source import (
     Positions,
     pack_chunk,
@@ -52,8 +54,9 @@ class EncoderChoice:
 class ReadChunks:
     """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
 
-    def __init__(self, plan: list[Any]) -> None:
-        self.tiles = ChunkTiles(ray.get(plan[0]))
+    def __init__(self, plan: Shared) -> None:
+        cv2.setNumThreads(1)  # the actor's share is one core
+        self.tiles = ChunkTiles(plan.get())
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for chunk in table.column("position").to_pylist():
@@ -167,12 +170,12 @@ def _stream(
     rest = cpus - 0.1 - num_encoders * encoder_cpus
     reader_cpus = 1.0 if rest >= 2 else 0.4
     readers = max(1, int(rest / reader_cpus + 1e-6))
-    reference = [ray.put(replace(plan, chunk_numbers=chunks))]
+    shared = Shared(replace(plan, chunk_numbers=chunks))
     dataset = ray.data.read_datasource(
         Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1
     ).map_batches(
         ReadChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(reference,),
+        fn_constructor_args=(shared,),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reader_cpus,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
+from cytoray.distributed.cluster import Shared
 from cytoray.distributed.tile_source import Positions, quiet_data_context
 from cytoray.errors import SlideError
 from cytoray.indexing import (
@@ -32,8 +36,9 @@ _TRIES_AFTER_CRASH = 1
 class IndexSlides:
     """Ray Data stage: positions in the manifest -> one row a slide; the parts are written here."""
 
-    def __init__(self, manifest: list[Any], settings: IndexSettings, out: str) -> None:
-        self.rows: pa.Table = ray.get(manifest[0])
+    def __init__(self, manifest: Shared, settings: IndexSettings, out: str) -> None:
+        cv2.setNumThreads(1)  # the actor's share is one core
+        self.rows: pa.Table = manifest.get()
         self.indexer = SlideIndexer(settings, out)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -94,17 +99,20 @@ def _stream(
     cpus = ray.cluster_resources().get("CPU", 1.0)
     actors = max(1, min(max_actors or int(cpus), rows.num_rows, int(cpus)))
     each = max(0.1, min(1.0, (cpus - 0.1) / actors))
-    dataset = ray.data.read_datasource(
+    positions = ray.data.read_datasource(
         Positions(0, rows.num_rows), num_cpus=0.1, override_num_blocks=1
-    ).map_batches(
-        IndexSlides,  # type: ignore[arg-type]
-        fn_constructor_args=([ray.put(rows)], settings, str(out)),
-        batch_size=None,
-        num_cpus=each,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-        max_restarts=_TRIES_AFTER_CRASH + 1,
-        max_task_retries=_TRIES_AFTER_CRASH,
     )
+    with warnings.catch_warnings():  # these two have no named parameters to replace them
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        dataset = positions.map_batches(
+            IndexSlides,  # type: ignore[arg-type]
+            fn_constructor_args=(Shared(rows), settings, str(out)),
+            batch_size=None,
+            num_cpus=each,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+            max_restarts=_TRIES_AFTER_CRASH + 1,
+            max_task_retries=_TRIES_AFTER_CRASH,
+        )
     batches: Any = dataset.iter_batches(batch_size=None, prefetch_batches=1)
     yield from batches
 

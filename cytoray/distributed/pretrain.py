@@ -16,7 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from cytoray.config import to_plain
-from cytoray.distributed.cluster import Share
+from cytoray.distributed.cluster import Share, Shared
 from cytoray.distributed.dealer import start_dealer
 from cytoray.distributed.tile_stream import TileBatch, TileStream
 from cytoray.errors import InputError, raise_problems
@@ -45,7 +45,7 @@ class LoopSettings:
         ssl: the training step.
         reader: what is done to each tile.
         order: reading order.
-        plan: one-element list with the object reference of the `ReadPlan`.
+        plan: the `ReadPlan`.
         share: CPUs of workers and readers.
         folder: the run folder, visible from every node.
         end_epoch: stop the stream after this many epochs.
@@ -62,7 +62,7 @@ class LoopSettings:
     ssl: PretrainConfig
     reader: TileReaderConfig
     order: ChunkOrder
-    plan: list[Any]
+    plan: Shared
     share: Share
     folder: RunFolder
     end_epoch: int
@@ -157,7 +157,7 @@ def _train(settings: LoopSettings, rank: int, world: int, writer: _Writer) -> No
                 if place.step >= settings.ssl.total_steps:
                     break
                 writer.quarantine(batch)
-                metrics = engine.step(_to_device(batch, device), place.step)
+                metrics = engine.step(batch.columns, place.step)
                 meter.add(batch)
                 place = place.after(batch)
                 if place.step == 1 or place.step % settings.log_every == 0:
@@ -188,16 +188,6 @@ class _Place:
 
     def after(self, batch: TileBatch) -> _Place:
         return _Place(step=self.step + 1, tiles=self.tiles + batch.tiles, position=batch.after)
-
-
-def _to_device(batch: TileBatch, device: torch.device) -> dict[str, torch.Tensor]:
-    out = {}
-    for name in ("pixels", "views"):
-        tensor = torch.from_numpy(batch.columns[name])
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        out[name] = tensor.to(device, non_blocking=True)
-    return out
 
 
 def _restore(

@@ -17,6 +17,7 @@ import torch
 from ray import tune
 
 from cytoray.config import to_plain
+from cytoray.distributed.cluster import Shared
 from cytoray.distributed.embed import EncoderChoice
 from cytoray.io import atomic_write_text
 from cytoray.mil import (
@@ -102,19 +103,19 @@ class TrialSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """What all trials share; references are to the object store.
+    """What all trials share.
 
     Attributes:
-        cohort: one-element list with the reference of the `Cohort`.
-        plan: one-element list with the reference of the `ReadPlan`; empty without LoRA trials.
+        cohort: the `Cohort`.
+        plan: the `ReadPlan`; None without LoRA trials.
         encoder: the encoder LoRA trials adapt.
         tracking_uri: MLflow.
         cpus_per_trial, gpus_per_trial: resources of a trial.
         extra: kept with each head.
     """
 
-    cohort: list[Any]
-    plan: list[Any]
+    cohort: Shared
+    plan: Shared | None
     encoder: EncoderChoice
     tracking_uri: str
     cpus_per_trial: float = 1.0
@@ -134,7 +135,7 @@ def run_trial(spec: TrialSpec, settings: SearchSettings, on_epoch: Any = None) -
     )
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
-    cohort: Cohort = ray.get(settings.cohort[0])
+    cohort: Cohort = settings.cohort.get()
     folder = Path(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with RunLogger(settings.tracking_uri, spec.run_id, folder / "mlflow-pending.jsonl") as logger:
@@ -201,7 +202,8 @@ def _train(
 
 def tile_source(cohort: Cohort, settings: SearchSettings) -> BagTiles:
     """Tiles of the cohort's bags, read from the slides."""
-    plan: ReadPlan = ray.get(settings.plan[0])
+    assert settings.plan is not None, "trials that adapt the encoder need the slides"
+    plan: ReadPlan = settings.plan.get()
     names = {s: list(t) for s, t in zip(cohort.slide_ids, cohort.tile_ids, strict=True)}
     return BagTiles(plan, names)
 
@@ -330,7 +332,7 @@ def predict_part(head_folder: Path, settings: SearchSettings, part: str) -> Held
 
 
 def _predict(head_folder: str, settings: SearchSettings, part: str) -> HeldOut:
-    cohort: Cohort = ray.get(settings.cohort[0])
+    cohort: Cohort = settings.cohort.get()
     head = load_head(head_folder)
     if head.lora_state:
         bags = _adapted_features(head, cohort, settings, part)

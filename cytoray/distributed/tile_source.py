@@ -7,14 +7,14 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
-import ray
 import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from cytoray.distributed.cluster import Share
+from cytoray.distributed.cluster import Share, Shared
 from cytoray.streaming import ChunkOrder
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
 
@@ -58,8 +58,9 @@ class ReadTiles:
     value (`pack_chunk`), so that a block is a chunk and crosses to the workers without a copy.
     """
 
-    def __init__(self, plan: list[Any], order: ChunkOrder, config: TileReaderConfig) -> None:
-        self.reader = TileReader(ray.get(plan[0]), order, config)
+    def __init__(self, plan: Shared, order: ChunkOrder, config: TileReaderConfig) -> None:
+        cv2.setNumThreads(1)  # the actor's share is one core
+        self.reader = TileReader(plan.get(), order, config)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for position in table.column("position").to_pylist():
@@ -86,18 +87,26 @@ def unpack_chunk(table: pa.Table, start: int, stop: int | None) -> dict[str, np.
     """
     columns = {}
     for field_name in table.column_names:
-        value = table.column(field_name)[0]
+        column = table.column(field_name)
         name, _, kind = field_name.partition("|")
         if kind:
             dtype, shape = json.loads(kind)
-            columns[name] = np.frombuffer(value.as_buffer(), dtype).reshape(shape)[start:stop]
+            columns[name] = np.frombuffer(_only_value(column), dtype).reshape(shape)[start:stop]
         else:
-            columns[name] = np.array(value.as_py()[start:stop], dtype=np.str_)
+            columns[name] = np.array(column[0].as_py()[start:stop], dtype=np.str_)
     return columns
 
 
+def _only_value(column: pa.ChunkedArray) -> pa.Buffer:
+    """The bytes of a large_binary column of one row (Arrow's own scalar would be a copy)."""
+    array = next(chunk for chunk in column.chunks if len(chunk))
+    _, ends, data = array.buffers()
+    first, last = np.frombuffer(ends, np.int64)[array.offset : array.offset + 2].tolist()
+    return data.slice(first, last - first)
+
+
 def tile_blocks(
-    plan: list[Any],
+    plan: Shared,
     order: ChunkOrder,
     config: TileReaderConfig,
     share: Share,
@@ -110,7 +119,7 @@ def tile_blocks(
     """Run the stream: one block reference a position, in reading order.
 
     Args:
-        plan: a one-element list holding the object reference of the `ReadPlan`.
+        plan: the `ReadPlan`.
         order: reading order.
         config: what to do to each tile.
         share: CPUs of the stages.

@@ -5,11 +5,13 @@ Shapes: B bags, T instances of all bags together, H hidden width, L attention wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import segment_softmax, segment_sum
+from cytoray.mil.packing import segment_softmax, weighted_sums
 
 
 class AttentionScorer(nn.Module):
@@ -46,11 +48,22 @@ class AttentionScorer(nn.Module):
         return self.score(branch_tl)
 
 
-def attention_pool(hidden_th: Tensor, scores_t: Tensor, ids: Tensor, num_bags: int):
-    """Softmax the scores within each bag and sum the instances: ((B, H), attention (T,))."""
-    attention_t = segment_softmax(scores_t, ids, num_bags)
-    weighted_th = attention_t.to(hidden_th.dtype)[:, None] * hidden_th
-    return segment_sum(weighted_th, ids, num_bags), attention_t
+def attention_pool(
+    hidden_th: Tensor, scores_tk: Tensor, offsets: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Softmax each score column within its bag and sum the instances under it.
+
+    Args:
+        hidden_th: (T, H).
+        scores_tk: (T, K).
+        offsets: (B + 1,) int64.
+        ids: (T,) int64, the bag of each instance.
+
+    Returns:
+        (B, K, H), and the attention (T, K) float32.
+    """
+    attention_tk = segment_softmax(scores_tk, ids, offsets.shape[0] - 1)
+    return weighted_sums(attention_tk, hidden_th, offsets), attention_tk
 
 
 class ABMIL(Aggregator):
@@ -58,7 +71,7 @@ class ABMIL(Aggregator):
 
     Args:
         in_dim: width D of the instance features.
-        num_classes: C.
+        num_classes: C, or one C for each task.
         hidden_dim: H; the paper uses 500.
         attention_dim: L.
         gated: the gated form of the attention.
@@ -68,7 +81,7 @@ class ABMIL(Aggregator):
     def __init__(
         self,
         in_dim: int,
-        num_classes: int,
+        num_classes: int | Sequence[int],
         *,
         hidden_dim: int = 512,
         attention_dim: int = 128,
@@ -78,11 +91,11 @@ class ABMIL(Aggregator):
         super().__init__(in_dim, num_classes)
         self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
         self.attention = AttentionScorer(hidden_dim, attention_dim, gated=gated, dropout=dropout)
-        self.classifier = nn.Linear(hidden_dim, num_classes)
+        self.classifier = nn.Linear(hidden_dim, self.num_logits)
 
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""
         hidden_th = self.embed(features)
-        scores_t = self.attention(hidden_th)[:, 0]
-        pooled_bh, attention_t = attention_pool(hidden_th, scores_t, ids, offsets.shape[0] - 1)
-        return MILOutput(self.classifier(pooled_bh), attention_t.detach())
+        scores_t1 = self.attention(hidden_th)
+        pooled_b1h, attention_t1 = attention_pool(hidden_th, scores_t1, offsets, ids)
+        return MILOutput(self.classifier(pooled_b1h[:, 0]), attention_t1[:, 0].detach())

@@ -1,9 +1,14 @@
-"""CLAM-SB (Lu et al. 2021): gated attention pooling, with an instance clustering branch.
+"""CLAM (Lu et al. 2021): gated attention pooling, with an instance clustering branch.
 
-Shapes: B bags, T instances of all bags together, H hidden width, C classes, k instances picked.
+Shapes: B bags, T instances of all bags together, H hidden width, C classes, K attention branches
+(1 in CLAM-SB, C in CLAM-MB), k instances picked.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +16,31 @@ from torch import Tensor, nn
 
 from cytoray.errors import choose
 from cytoray.mil.abmil import AttentionScorer, attention_pool
-from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import split_bags
+from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
 
 
 def smooth_top1_svm(logits: Tensor, targets: Tensor) -> Tensor:
-    """Smooth top-1 SVM loss (Berrada et al. 2018) with margin and temperature 1: a scalar."""
+    """Smooth top-1 SVM loss (Berrada et al. 2018), margin and temperature 1: (N, C) to (N,)."""
     margins = 1.0 - F.one_hot(targets, logits.shape[1]).to(logits.dtype)
     true_score = logits.gather(1, targets[:, None])
-    return torch.logsumexp(logits + margins - true_score, dim=1).mean()
+    return torch.logsumexp(logits + margins - true_score, dim=1)
 
 
-INSTANCE_LOSSES = {"ce": F.cross_entropy, "svm": smooth_top1_svm}
+INSTANCE_LOSSES = {"ce": partial(F.cross_entropy, reduction="none"), "svm": smooth_top1_svm}
+
+
+class Picks(NamedTuple):
+    """Instances shown to one class's instance branch.
+
+    Attributes:
+        rows: (P,) int64, into the T instances.
+        targets: (P,) int64, 1 positive and 0 negative.
+        shares: (P,) float, each instance's share of its bag's mean.
+    """
+
+    rows: list[Tensor]
+    targets: list[int]
+    shares: list[float]
 
 
 class CLAM(Aggregator):
@@ -46,6 +64,10 @@ class CLAM(Aggregator):
         instance_loss: `ce`, or `svm` for the smooth top-1 SVM.
     """
 
+    multi_task = False
+    optimizer_defaults: ClassVar = {"lr": 1e-4, "weight_decay": 1e-5}
+    num_branches = 1
+
     def __init__(
         self,
         in_dim: int,
@@ -64,47 +86,72 @@ class CLAM(Aggregator):
         self.instance_loss = INSTANCE_LOSSES[
             choose("instance loss", instance_loss, INSTANCE_LOSSES)
         ]
+        branches = self.num_branches or self.num_classes
         self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
-        self.attention = AttentionScorer(hidden_dim, attention_dim, dropout=dropout)
-        self.classifier = nn.Linear(hidden_dim, num_classes)
+        self.attention = AttentionScorer(hidden_dim, attention_dim, dropout=dropout, heads=branches)
+        self.classifier = nn.Linear(hidden_dim, self.num_classes)
         self.instance_classifiers = nn.ModuleList(
-            nn.Linear(hidden_dim, 2) for _ in range(num_classes)
+            nn.Linear(hidden_dim, 2) for _ in range(self.num_classes)
         )
 
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""
         hidden_th = self.embed(features)
-        scores_t = self.attention(hidden_th)[:, 0]
-        pooled_bh, attention_t = attention_pool(hidden_th, scores_t, ids, offsets.shape[0] - 1)
-        aux = {"hidden": hidden_th, "offsets": offsets, "scores": scores_t.detach()}
-        return MILOutput(self.classifier(pooled_bh), attention_t.detach(), aux)
+        scores_tk = self.attention(hidden_th)
+        pooled_bkh, attention_tk = attention_pool(hidden_th, scores_tk, offsets, ids)
+        logits_bc = (pooled_bkh * self.classifier.weight).sum(dim=2) + self.classifier.bias
+        attention_tk = attention_tk.detach()
+        aux = {"hidden": hidden_th, "offsets": offsets, "scores": scores_tk.detach()}
+        branch = logits_bc.argmax(dim=1) * (attention_tk.shape[1] > 1)
+        attention_t = attention_tk.gather(1, branch[ids][:, None])[:, 0]
+        return MILOutput(logits_bc, attention_t, aux)
 
     def loss(
-        self, output: MILOutput, labels: Tensor, class_weight: Tensor | None = None
+        self, output: MILOutput, labels: Tensor, class_weight: ClassWeight = None
     ) -> dict[str, Tensor]:
         """Bag cross-entropy and the instance term, weighted `bag_weight` to `1 - bag_weight`."""
-        bag = F.cross_entropy(output.logits.float(), labels, class_weight)
-        hidden = split_bags(output.aux["hidden"], output.aux["offsets"])
-        scores = split_bags(output.aux["scores"], output.aux["offsets"])
-        terms = [
-            self._instance_term(hidden_nh, scores_n, int(label))
-            for hidden_nh, scores_n, label in zip(hidden, scores, labels.tolist(), strict=True)
-        ]
-        instance = torch.stack(terms).mean()
+        bag = task_cross_entropy(output.task_logits, labels, class_weight)
+        instance = self._instance_term(output.aux, labels.flatten().tolist())
         return {"bag": self.bag_weight * bag, "instance": (1.0 - self.bag_weight) * instance}
 
-    def _instance_term(self, hidden_nh: Tensor, scores_n: Tensor, label: int) -> Tensor:
-        k = min(self.num_picked, scores_n.shape[0] // 2)
-        if k == 0:
-            return hidden_nh.new_zeros(())
-        top_kh = hidden_nh[scores_n.topk(k).indices]
-        bottom_kh = hidden_nh[scores_n.topk(k, largest=False).indices]
-        targets = torch.tensor([1] * k + [0] * k, device=hidden_nh.device)
-        logits = self.instance_classifiers[label](torch.cat([top_kh, bottom_kh]))
-        total = self.instance_loss(logits.float(), targets)
-        if not self.subtyping:
-            return total
-        for other, classifier in enumerate(self.instance_classifiers):
-            if other != label:
-                total = total + self.instance_loss(classifier(top_kh).float(), targets[k:])
-        return total / self.num_classes
+    def _instance_term(self, aux: dict[str, Tensor], labels: list[int]) -> Tensor:
+        """Mean over the labelled bags of their instance losses."""
+        hidden_th = aux["hidden"]
+        total, known = hidden_th.new_zeros(()), sum(label >= 0 for label in labels)
+        for branch, picks in enumerate(self._picks(aux["scores"], aux["offsets"], labels)):
+            if not picks.rows:
+                continue
+            targets = torch.tensor(picks.targets, device=hidden_th.device)
+            shares = torch.tensor(picks.shares, device=hidden_th.device)
+            logits = self.instance_classifiers[branch](hidden_th[torch.cat(picks.rows)])
+            total = total + (shares * self.instance_loss(logits.float(), targets)).sum()
+        return total / max(known, 1) / (self.num_classes if self.subtyping else 1)
+
+    def _picks(self, scores_tk: Tensor, offsets: Tensor, labels: list[int]) -> list[Picks]:
+        """What each class's branch is shown: its own bags' two ends, and others' top if asked."""
+        picks = [Picks([], [], []) for _ in range(self.num_classes)]
+        for label, (start, stop) in zip(labels, pairwise(offsets.tolist()), strict=True):
+            k = min(self.num_picked, (stop - start) // 2)
+            if label < 0 or k == 0:
+                continue
+            for branch in range(self.num_classes) if self.subtyping else (label,):
+                column = branch if scores_tk.shape[1] > 1 else 0
+                scores_n = scores_tk[start:stop, column]
+                ends = [scores_n.topk(k).indices + start]
+                if branch == label:
+                    ends.append(scores_n.topk(k, largest=False).indices + start)
+                picks[branch].rows.extend(ends)
+                picks[branch].targets.extend([int(branch == label)] * k)
+                picks[branch].targets.extend([0] * k * (len(ends) - 1))
+                picks[branch].shares.extend([1.0 / (k * len(ends))] * (k * len(ends)))
+        return picks
+
+
+class CLAMMB(CLAM):
+    """CLAM with one attention branch a class (CLAM-MB); see `CLAM` for the arguments.
+
+    Each class has its own attention, pools its own bag feature and picks its own instances.
+    `MILOutput.attention` is the predicted class's.
+    """
+
+    num_branches = 0

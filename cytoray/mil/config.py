@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from cytoray.errors import raise_problems
+from cytoray.errors import choose, raise_problems
 from cytoray.mil.aggregators import AGGREGATORS
 from cytoray.mil.base import options_of
 from cytoray.models.lora import TARGETS
@@ -22,6 +23,7 @@ class MILConfig:
         dropout: of the aggregator.
         lr: of the aggregator.
         weight_decay: of the aggregator.
+        betas: of AdamW on the aggregator; default: the aggregator's own.
         epochs: at most.
         patience: stop after so many epochs without a better validation AUC (0: never).
         batch_bags: bags a step.
@@ -51,6 +53,7 @@ class MILConfig:
     dropout: float = 0.25
     lr: float = 5e-4
     weight_decay: float = 1e-4
+    betas: tuple[float, float] | None = None
     epochs: int = 50
     patience: int = 10
     batch_bags: int = 8
@@ -73,6 +76,22 @@ class MILConfig:
     augment: bool = True
     gradient_checkpointing: bool = False
     precision: str = "auto"
+
+    @classmethod
+    def published(cls, aggregator: str, **changes: Any) -> MILConfig:
+        """The training settings that an aggregator was published with, `changes` applied.
+
+        Raises:
+            InputError: an unknown aggregator, or settings that do not fit.
+        """
+        kind = AGGREGATORS[choose("aggregator", aggregator, AGGREGATORS)]
+        return cls(**{"aggregator": aggregator, **kind.optimizer_defaults, **changes})
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        """`betas`, or the aggregator's own."""
+        own = AGGREGATORS[self.aggregator].optimizer_defaults.get("betas", (0.9, 0.999))
+        return self.betas or own
 
     def __post_init__(self) -> None:
         problems = [*self._choice_problems(), *self._number_problems()]
@@ -121,4 +140,6 @@ class MILConfig:
             for name in ("dropout", "lora_dropout", "warmup_share")
             if not 0 <= getattr(self, name) < 1
         ]
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas are {self.betas}; both must be from 0 to below 1")
         return problems

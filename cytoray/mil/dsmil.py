@@ -6,13 +6,14 @@ Shapes: B bags, T instances of all bags together, N of one bag, D width, C class
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import segment_argmax, segment_softmax, segment_sum, split_bags
+from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
+from cytoray.mil.packing import segment_argmax, segment_softmax, split_bags, weighted_sums
 
 
 class DSMIL(Aggregator):
@@ -23,21 +24,33 @@ class DSMIL(Aggregator):
 
     Args:
         in_dim: D, width of the instance features.
-        num_classes: C.
+        num_classes: C, or one for each task: C is then their sum.
         query_dim: Q.
         dropout: on the values that the attention pools.
     """
 
+    optimizer_defaults: ClassVar = {
+        "lr": 1e-4,
+        "weight_decay": 1e-3,
+        "betas": (0.5, 0.9),
+        "min_lr": 5e-6,
+    }
+
     def __init__(
-        self, in_dim: int, num_classes: int, *, query_dim: int = 128, dropout: float = 0.0
+        self,
+        in_dim: int,
+        num_classes: int | Sequence[int],
+        *,
+        query_dim: int = 128,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(in_dim, num_classes)
-        self.instance_classifier = nn.Linear(in_dim, num_classes)
+        self.instance_classifier = nn.Linear(in_dim, self.num_logits)
         self.query = nn.Sequential(
             nn.Linear(in_dim, query_dim), nn.ReLU(), nn.Linear(query_dim, query_dim), nn.Tanh()
         )
         self.dropout = nn.Dropout(dropout)
-        self.bag_classifier = nn.Conv1d(num_classes, num_classes, kernel_size=in_dim)
+        self.bag_classifier = nn.Conv1d(self.num_logits, self.num_logits, kernel_size=in_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d):
                 nn.init.orthogonal_(module.weight.flatten(1))
@@ -59,30 +72,22 @@ class DSMIL(Aggregator):
             ]
         ) / math.sqrt(query_tq.shape[1])
         attention_tc = segment_softmax(scores_tc, ids, num_bags)
-        pooled_bcd = self._pool(attention_tc.to(features.dtype), features, ids, num_bags)
+        pooled_bcd = weighted_sums(attention_tc, self.dropout(features), offsets)
         logits_bc = self.bag_classifier(pooled_bcd)[:, :, 0]
-        chosen = logits_bc.argmax(dim=1)[ids]
+        chosen = logits_bc[:, : self.num_classes].argmax(dim=1)[ids]
         attention_t = attention_tc.detach().gather(1, chosen[:, None])[:, 0]
-        classes = torch.arange(self.num_classes, device=features.device)
+        classes = torch.arange(self.num_logits, device=features.device)
         aux = {
             "max_logits": instance_tc[critical_bc, classes],
             "class_attention": attention_tc.detach(),
         }
         return MILOutput(logits_bc, attention_t, aux)
 
-    def _pool(self, attention_tc: Tensor, features: Tensor, ids: Tensor, num_bags: int) -> Tensor:
-        """Sum the values of each bag under each class's attention: (B, C, D)."""
-        values_td = self.dropout(features)
-        pooled = [
-            segment_sum(attention_tc[:, column, None] * values_td, ids, num_bags)
-            for column in range(self.num_classes)
-        ]
-        return torch.stack(pooled, dim=1)
-
     def loss(
-        self, output: MILOutput, labels: Tensor, class_weight: Tensor | None = None
+        self, output: MILOutput, labels: Tensor, class_weight: ClassWeight = None
     ) -> dict[str, Tensor]:
         """Half the bag's cross-entropy, half that of its strongest instances."""
-        bag = F.cross_entropy(output.logits.float(), labels, class_weight)
-        strongest = F.cross_entropy(output.aux["max_logits"].float(), labels, class_weight)
+        bag = task_cross_entropy(output.task_logits, labels, class_weight)
+        max_logits = output.aux["max_logits"].split(self.task_classes, dim=1)
+        strongest = task_cross_entropy(max_logits, labels, class_weight)
         return {"bag": 0.5 * bag, "max_instance": 0.5 * strongest}

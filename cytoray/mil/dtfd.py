@@ -6,14 +6,16 @@ width, R distilled features of all bags together, C classes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cytoray.errors import choose
-from cytoray.mil.abmil import AttentionScorer, attention_pool
-from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import segment_argmax
+from cytoray.mil.abmil import AttentionScorer
+from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
+from cytoray.mil.packing import segment_argmax, segment_softmax, segment_sum, weighted_sums
 
 DISTILLATIONS = ("afs", "max", "maxmin")
 
@@ -63,6 +65,9 @@ class DTFD(Aggregator):
         dropout: on the features that each tier's classifier sees.
     """
 
+    multi_task = False
+    optimizer_defaults: ClassVar = {"lr": 1e-4, "weight_decay": 1e-4, "clip_grad": 5.0}
+
     def __init__(
         self,
         in_dim: int,
@@ -91,17 +96,35 @@ class DTFD(Aggregator):
         bag_of_pseudo = segment_bag(pseudo_t, ids)
         num_pseudo, num_bags = bag_of_pseudo.shape[0], offsets.shape[0] - 1
         hidden_th = self.embed(features)
-        scores_t = self.attention(hidden_th)[:, 0]
-        pooled_ph, attention_t = attention_pool(hidden_th, scores_t, pseudo_t, num_pseudo)
+        attention_t = segment_softmax(self.attention(hidden_th)[:, 0], pseudo_t, num_pseudo)
+        pooled_ph = self._pool_pseudo(hidden_th, attention_t, pseudo_t, bag_of_pseudo, offsets)
         pseudo_logits = self.pseudo_classifier(self.dropout(pooled_ph))
         distilled_rh, pseudo_r = self._distil(hidden_th, attention_t, pooled_ph, pseudo_t)
         tier2_scores = self.tier2_attention(distilled_rh)[:, 0]
         bag_of_distilled = bag_of_pseudo[pseudo_r]
-        bag_bh, share_r = attention_pool(distilled_rh, tier2_scores, bag_of_distilled, num_bags)
+        share_r = segment_softmax(tier2_scores, bag_of_distilled, num_bags)
+        shared_rh = share_r.to(distilled_rh.dtype)[:, None] * distilled_rh
+        bag_bh = segment_sum(shared_rh, bag_of_distilled, num_bags)
         share_p = share_r.new_zeros(num_pseudo).index_add(0, pseudo_r, share_r)
         aux = {"pseudo_logits": pseudo_logits, "bag_of_pseudo": bag_of_pseudo}
         attention = (attention_t * share_p[pseudo_t]).detach()
         return MILOutput(self.classifier(self.dropout(bag_bh)), attention, aux)
+
+    def _pool_pseudo(
+        self,
+        hidden_th: Tensor,
+        attention_t: Tensor,
+        pseudo_t: Tensor,
+        bag_of_pseudo: Tensor,
+        offsets: Tensor,
+    ) -> Tensor:
+        """Pooled feature of each pseudo-bag (P, H): one weighting of the bag for each of them."""
+        num_pseudo, num_bags = bag_of_pseudo.shape[0], offsets.shape[0] - 1
+        first = torch.searchsorted(bag_of_pseudo, torch.arange(num_bags, device=offsets.device))
+        place_p = torch.arange(num_pseudo, device=offsets.device) - first[bag_of_pseudo]
+        places = F.one_hot(place_p[pseudo_t], self.num_pseudo_bags).to(attention_t.dtype)
+        pooled_bph = weighted_sums(attention_t[:, None] * places, hidden_th, offsets)
+        return pooled_bph[bag_of_pseudo, place_p]
 
     def _distil(
         self, hidden_th: Tensor, attention_t: Tensor, pooled_ph: Tensor, pseudo_t: Tensor
@@ -112,8 +135,8 @@ class DTFD(Aggregator):
         if self.distillation == "afs":
             return pooled_ph.detach(), every
         with torch.no_grad():
-            weighted_th = attention_t.to(hidden_th.dtype)[:, None] * hidden_th
-            activation_tc = F.linear(weighted_th, self.pseudo_classifier.weight).softmax(dim=1)
+            activation_tc = F.linear(hidden_th, self.pseudo_classifier.weight)
+            activation_tc = (attention_t[:, None] * activation_tc).softmax(dim=1)
             abnormal_t1 = 1.0 - activation_tc[:, :1]
             highest = segment_argmax(abnormal_t1, pseudo_t, num_pseudo)[:, 0]
             if self.distillation == "max":
@@ -123,14 +146,14 @@ class DTFD(Aggregator):
             return hidden_th[picked].detach(), torch.cat([every, every])
 
     def loss(
-        self, output: MILOutput, labels: Tensor, class_weight: Tensor | None = None
+        self, output: MILOutput, labels: Tensor, class_weight: ClassWeight = None
     ) -> dict[str, Tensor]:
         """Cross-entropy of the bag (tier 2) and of every pseudo-bag under its bag's label."""
         pseudo_labels = labels[output.aux["bag_of_pseudo"]]
-        pseudo_logits = output.aux["pseudo_logits"].float()
+        pseudo_logits = (output.aux["pseudo_logits"],)
         return {
-            "bag": F.cross_entropy(output.logits.float(), labels, class_weight),
-            "pseudo_bag": F.cross_entropy(pseudo_logits, pseudo_labels, class_weight),
+            "bag": task_cross_entropy(output.task_logits, labels, class_weight),
+            "pseudo_bag": task_cross_entropy(pseudo_logits, pseudo_labels, class_weight),
         }
 
 

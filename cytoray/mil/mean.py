@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
@@ -13,14 +15,16 @@ class MeanPool(Aggregator):
 
     Args:
         in_dim: width D of the instance features.
-        num_classes: C.
+        num_classes: C, or one C for each task.
         dropout: on the pooled features.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_dim: int, num_classes: int | Sequence[int], *, dropout: float = 0.0
+    ) -> None:
         super().__init__(in_dim, num_classes)
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(in_dim, num_classes)
+        self.classifier = nn.Linear(in_dim, self.num_logits)
 
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""

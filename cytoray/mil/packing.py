@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cytoray.errors import InputError, raise_problems
 
@@ -133,6 +134,78 @@ def segment_argmax(values: Tensor, ids: Tensor, num_bags: int) -> Tensor:
     none = candidates.new_full((num_bags, values.shape[1]), values.shape[0])
     index = ids[:, None].expand_as(values)
     return none.scatter_reduce(0, index, candidates, "amin", include_self=False)
+
+
+class TokenRows(NamedTuple):
+    """How bags lie end to end once each has K tokens of its own in front.
+
+    Attributes:
+        sizes: rows of each bag, its tokens included.
+        token_rows: (B, K) int64, where the tokens are.
+        origin: (R,) int64, the instance that each row holds, -1 for a token.
+    """
+
+    sizes: list[int]
+    token_rows: Tensor
+    origin: Tensor
+
+
+def prepend_tokens(
+    tokens_kd: Tensor, features_td: Tensor, offsets: Tensor
+) -> tuple[Tensor, TokenRows]:
+    """Put the same K tokens in front of every bag: rows (T + B * K, D), and how they lie."""
+    num_tokens, pieces = len(tokens_kd), []
+    bounds = offsets.tolist()
+    for start, stop in pairwise(bounds):
+        pieces += [torch.full((num_tokens,), -1), torch.arange(start, stop)]
+    origin = torch.cat(pieces).to(offsets.device)
+    sizes = [num_tokens + stop - start for start, stop in pairwise(bounds)]
+    within = torch.arange(num_tokens, device=offsets.device)
+    starts = offsets[:-1] + num_tokens * torch.arange(len(sizes), device=offsets.device)
+    token_rows = starts[:, None] + within
+    source = origin + num_tokens
+    source[token_rows] = within.expand_as(token_rows)
+    joined = torch.cat([tokens_kd.to(features_td.dtype), features_td])
+    return joined[source], TokenRows(sizes, token_rows, origin)
+
+
+class _WeightedSums(torch.autograd.Function):
+    """Bag by bag matrix products written in place: no (T, D) temporary, no joining of parts."""
+
+    @staticmethod
+    def forward(ctx, weights_tk: Tensor, values_td: Tensor, bounds: list[int]) -> Tensor:
+        ctx.save_for_backward(weights_tk, values_td)
+        ctx.bounds = bounds
+        num_bags = len(bounds) - 1
+        out = values_td.new_empty((num_bags, weights_tk.shape[1], values_td.shape[1]))
+        for bag, (start, stop) in enumerate(pairwise(bounds)):
+            torch.mm(weights_tk[start:stop].T, values_td[start:stop], out=out[bag])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_bkd: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        weights_tk, values_td = ctx.saved_tensors
+        grad_weights = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_weights = torch.empty_like(weights_tk)
+            for bag, (start, stop) in enumerate(pairwise(ctx.bounds)):
+                out = grad_weights[start:stop]
+                torch.mm(values_td[start:stop], grad_bkd[bag].T, out=out)
+        if ctx.needs_input_grad[1]:
+            grad_values = torch.empty_like(values_td)
+            for bag, (start, stop) in enumerate(pairwise(ctx.bounds)):
+                torch.mm(weights_tk[start:stop], grad_bkd[bag], out=grad_values[start:stop])
+        return grad_weights, grad_values, None
+
+
+def weighted_sums(weights_tk: Tensor, values_td: Tensor, offsets: Tensor) -> Tensor:
+    """Sum the instances of each bag under K weightings: (T, K) and (T, D) to (B, K, D).
+
+    The weights are converted to the precision of the values.
+    """
+    weights_tk = weights_tk.to(values_td.dtype).contiguous()
+    return _WeightedSums.apply(weights_tk, values_td.contiguous(), offsets.tolist())
 
 
 def split_bags(values: Tensor, offsets: Tensor) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from cytoray.mil.base import Aggregator
 from cytoray.mil.config import MILConfig
 from cytoray.mil.packing import PackedBags, pack, split_bags
 from cytoray.mil.trial import (
+    Batch,
+    Classes,
     MILResult,
     OnEpoch,
     Trial,
@@ -34,12 +37,14 @@ class LabelledBag:
     Attributes:
         slide_id: names the bag in messages.
         features: (N, D) float16 or float32, numpy or torch.
-        label: in 0..C-1.
+        label: in 0..C-1; or one for each task, -1 where missing.
+        coarse: (M, D) the slide at a second, coarser scale, for an aggregator of two scales.
     """
 
     slide_id: str
     features: np.ndarray | Tensor
-    label: int
+    label: int | tuple[int, ...]
+    coarse: np.ndarray | Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,28 @@ class Predictions:
     """What a head says about bags.
 
     Attributes:
-        logits: (B, C) float32.
-        probabilities: (B, C) float64, rows sum to 1.
+        logits: (B, C) float32, of the first task.
+        probabilities: (B, C) float64, rows sum to 1, of the first task.
         attention: (N_i,) float32 for each bag, sums to 1.
+        task_logits: (B, C_i) of each task.
     """
 
     logits: np.ndarray
     probabilities: np.ndarray
     attention: list[np.ndarray]
+    task_logits: tuple[np.ndarray, ...] = ()
+
+    @property
+    def task_probabilities(self) -> tuple[np.ndarray, ...]:
+        """(B, C_i) float64 of each task, rows sum to 1."""
+        return tuple(softmax(logits) for logits in self.task_logits)
 
 
 def train_frozen(
     config: MILConfig,
     train_bags: Sequence[LabelledBag],
     val_bags: Sequence[LabelledBag],
-    num_classes: int,
+    num_classes: Classes,
     on_epoch: OnEpoch | None = None,
     *,
     device: torch.device | str = "cpu",
@@ -71,7 +83,7 @@ def train_frozen(
     Args:
         config: the trial; its LoRA fields do not matter here.
         train_bags, val_bags: at least one each, two classes among the training bags.
-        num_classes: C.
+        num_classes: C, or one C for each of several tasks.
         on_epoch: called with each epoch's record; a true answer stops the trial.
         device: to train on.
 
@@ -89,14 +101,24 @@ def train_frozen(
     with seeded(config.seed, device):
         aggregator = aggregator_of(config, in_dim, num_classes).to(device)
         optimiser = torch.optim.AdamW(
-            aggregator.parameters(), lr=config.lr, weight_decay=config.weight_decay
+            aggregator.parameters(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=config.adam_betas,
         )
+        scales = aggregator.num_scales
 
-        def batches(epoch: int) -> Iterator[tuple[PackedBags, Tensor]]:
+        def batches(epoch: int) -> Iterator[Batch]:
             rng = np.random.default_rng((config.seed, epoch))
             for chosen in epoch_order(len(train_bags), config.batch_bags, rng):
-                bags = [_sampled(train_bags[i].features, config.max_instances, rng) for i in chosen]
-                yield pack(bags).to(device), torch.from_numpy(train_labels[chosen]).to(device)
+                bags = [train_bags[i] for i in chosen]
+                fine, coarse = _packed_scales(bags, config.max_instances, scales, rng)
+                labels = torch.from_numpy(train_labels[chosen]).to(device)
+                yield Batch(fine.to(device), labels, coarse.to(device) if coarse else None)
+
+        def val_logits() -> tuple[np.ndarray, ...]:
+            coarse = _coarse_views(val_bags) if scales == 2 else None
+            return predict(aggregator, [bag.features for bag in val_bags], coarse).task_logits
 
         trial = Trial(
             config,
@@ -105,7 +127,7 @@ def train_frozen(
             train_labels,
             val_labels,
             batches,
-            val_logits=lambda: predict(aggregator, [bag.features for bag in val_bags]).logits,
+            val_logits,
             snapshot=lambda: {"state_dict": cpu_copy(aggregator.state_dict())},
         )
         return trial.run(MILResult(config, in_dim, num_classes), on_epoch)
@@ -118,8 +140,10 @@ def check_features(bags: Sequence[LabelledBag]) -> int:
         InputError: names every bag that is empty, not 2-D, of another width, or holds NaN.
     """
     width, problems = bags[0].features.shape[-1], []
-    for bag in bags:
-        features = torch.as_tensor(bag.features)
+    views = [(bag, bag.features) for bag in bags]
+    views += [(bag, bag.coarse) for bag in bags if bag.coarse is not None]
+    for bag, view in views:
+        features = torch.as_tensor(view)
         if features.ndim != 2 or features.shape[0] == 0 or features.shape[1] != width:
             shape = tuple(features.shape)
             problems.append(f"bag {bag.slide_id}: shape {shape}, expected (N >= 1, {width})")
@@ -135,6 +159,30 @@ def epoch_order(count: int, batch: int, rng: np.random.Generator) -> list[np.nda
     return [order[start : start + batch] for start in range(0, count, batch)]
 
 
+def _coarse_views(bags: Sequence[LabelledBag]) -> list[np.ndarray | Tensor] | None:
+    """The second scale of the bags, or None if they have none.
+
+    Raises:
+        InputError: some have one and some do not.
+    """
+    lacking = [bag.slide_id for bag in bags if bag.coarse is None]
+    if len(lacking) == len(bags):
+        return None
+    raise_problems(
+        "give every bag a coarse view, or none:", [f"bag {name} has none" for name in lacking]
+    )
+    return [bag.coarse for bag in bags if bag.coarse is not None]
+
+
+def _packed_scales(
+    bags: Sequence[LabelledBag], limit: int, num_scales: int, rng: np.random.Generator
+) -> tuple[PackedBags, PackedBags | None]:
+    """At most `limit` instances of each bag, packed, at one scale or two."""
+    fine = pack([_sampled(bag.features, limit, rng) for bag in bags])
+    coarse = _coarse_views(bags) if num_scales == 2 else None
+    return fine, pack([_sampled(view, limit, rng) for view in coarse]) if coarse else None
+
+
 def _sampled(features: np.ndarray | Tensor, limit: int, rng: np.random.Generator):
     """At most `limit` instances of a bag, in their order."""
     if features.shape[0] <= limit:
@@ -143,28 +191,37 @@ def _sampled(features: np.ndarray | Tensor, limit: int, rng: np.random.Generator
 
 
 @torch.no_grad()
-def predict(aggregator: Aggregator, bags: Iterable[np.ndarray | Tensor]) -> Predictions:
+def predict(
+    aggregator: Aggregator,
+    bags: Iterable[np.ndarray | Tensor],
+    coarse: Iterable[np.ndarray | Tensor] | None = None,
+) -> Predictions:
     """Predict bags of features; they may be read as they are asked for.
 
     Args:
         aggregator: stays on its device; evaluation mode is used and the old mode restored.
         bags: features (N_i, D) each.
+        coarse: the same bags at a second scale, in the same order, for an aggregator of two.
 
     Raises:
         InputError: an empty bag or a width that is not the aggregator's.
     """
     device, was_training = next(aggregator.parameters()).device, aggregator.training
     aggregator.eval()
-    logits, attention = [], []
+    classes = aggregator.task_classes
+    logits = [[np.zeros((0, count), np.float32)] for count in classes]
+    attention, views = [], iter(coarse) if coarse is not None else None
     for group in _groups(bags):
         packed = pack(group)
-        output = aggregator(packed.features.to(device), packed.offsets.to(device))
-        logits.append(output.logits.float().cpu().numpy())
-        parts = split_bags(output.attention.float().cpu(), packed.offsets)
-        attention.extend(part.numpy().copy() for part in parts)
+        second = pack(list(islice(views, len(group)))).to(device) if views else None
+        output = aggregator(packed.features.to(device), packed.offsets.to(device), second)
+        for parts, task_logits in zip(logits, output.task_logits, strict=True):
+            parts.append(task_logits.float().cpu().numpy())
+        of_bags = split_bags(output.attention.float().cpu(), packed.offsets)
+        attention.extend(part.numpy().copy() for part in of_bags)
     aggregator.train(was_training)
-    merged = np.concatenate(logits) if logits else np.zeros((0, aggregator.num_classes), np.float32)
-    return Predictions(merged, softmax(merged), attention)
+    merged = tuple(np.concatenate(parts) for parts in logits)
+    return Predictions(merged[0], softmax(merged[0]), attention, merged)
 
 
 def _groups(bags: Iterable[np.ndarray | Tensor]) -> Iterator[list[np.ndarray | Tensor]]:

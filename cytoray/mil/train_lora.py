@@ -26,6 +26,8 @@ from cytoray.mil.tiles import (
 )
 from cytoray.mil.train import LabelledBag, epoch_order, predict, train_frozen
 from cytoray.mil.trial import (
+    Batch,
+    Classes,
     MILResult,
     OnEpoch,
     Trial,
@@ -75,10 +77,10 @@ def train_lora(
     encoder: nn.Module,
     tile_source: TileSource,
     train_ids: Sequence[str],
-    train_labels: Sequence[int],
+    train_labels: Sequence,
     val_ids: Sequence[str],
-    val_labels: Sequence[int],
-    num_classes: int,
+    val_labels: Sequence,
+    num_classes: Classes,
     on_epoch: OnEpoch | None = None,
     *,
     device: torch.device | str = "cpu",
@@ -95,7 +97,7 @@ def train_lora(
         tile_source: see `TileSource`.
         train_ids, train_labels: slides to train on and their labels in 0..C-1.
         val_ids, val_labels: slides to choose the epoch by.
-        num_classes: C.
+        num_classes: C, or one C for each of several tasks.
         on_epoch: called with each epoch's record; a true answer stops the trial.
         device: to train on.
 
@@ -103,13 +105,12 @@ def train_lora(
         InputError: labels that do not fit, a slide without tiles, or a loss that is not finite.
     """
     device = torch.device(device)
-    check_labels(train_labels, val_labels, num_classes)
+    labels = check_labels(train_labels, val_labels, num_classes)
     _check_tiles(tile_source, [*train_ids, *val_ids])
     with seeded(config.seed, device):
         adapted = adapt_encoder(encoder, config).to(device)
         session = _LoraSession(config, adapted, tile_source, device)
-        train_set = (list(train_ids), np.asarray(train_labels, dtype=np.int64))
-        val_set = (list(val_ids), np.asarray(val_labels, dtype=np.int64))
+        train_set, val_set = (list(train_ids), labels[0]), (list(val_ids), labels[1])
         return session.run(train_set, val_set, num_classes, on_epoch)
 
 
@@ -171,20 +172,20 @@ class _LoraSession:
             )
         return pack(features.float().split(counts)).to(self.device)
 
-    def warm_start(self, train_set, val_set, num_classes: int) -> dict[str, Tensor]:
+    def warm_start(self, train_set, val_set, num_classes: Classes) -> dict[str, Tensor]:
         """An aggregator's state after some epochs on frozen features."""
         config = replace(self.config, epochs=self.config.warm_start_epochs)
         train_bags, val_bags = (
             [
-                LabelledBag(slide_id, self.embed(slide_id, self.config.eval_tiles), int(label))
-                for slide_id, label in zip(slide_ids, labels, strict=True)
+                LabelledBag(slide_id, self.embed(slide_id, self.config.eval_tiles), label)
+                for slide_id, label in zip(slide_ids, labels.tolist(), strict=True)
             ]
             for slide_ids, labels in (train_set, val_set)
         )
         result = train_frozen(config, train_bags, val_bags, num_classes, device=self.device)
         return result.state_dict
 
-    def run(self, train_set, val_set, num_classes: int, on_epoch: OnEpoch | None) -> MILResult:
+    def run(self, train_set, val_set, num_classes: Classes, on_epoch: OnEpoch | None) -> MILResult:
         """Warm start, then train aggregator and LoRA together."""
         config = self.config
         (train_ids, train_labels), (val_ids, val_labels) = train_set, val_set
@@ -193,15 +194,15 @@ class _LoraSession:
         if config.warm_start_epochs:
             aggregator.load_state_dict(self.warm_start(train_set, val_set, num_classes))
 
-        def batches(epoch: int) -> Iterator[tuple[PackedBags, Tensor]]:
+        def batches(epoch: int) -> Iterator[Batch]:
             rng = np.random.default_rng((config.seed, epoch))
             for chosen in epoch_order(len(train_ids), config.batch_bags, rng):
                 labels = torch.from_numpy(train_labels[chosen]).to(self.device)
-                yield self.sample([train_ids[i] for i in chosen], rng), labels
+                yield Batch(self.sample([train_ids[i] for i in chosen], rng), labels)
 
-        def val_logits() -> np.ndarray:
+        def val_logits() -> tuple[np.ndarray, ...]:
             bags = (self.embed(slide_id, config.eval_tiles) for slide_id in val_ids)
-            return predict(aggregator, bags).logits
+            return predict(aggregator, bags).task_logits
 
         trial = Trial(
             config,
@@ -226,6 +227,7 @@ class _LoraSession:
                 "params": list(aggregator.parameters()),
                 "lr": config.lr,
                 "weight_decay": config.weight_decay,
+                "betas": config.adam_betas,
             }
         ]
         lora = list(trainable_parameters(self.backbone).values())

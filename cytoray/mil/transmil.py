@@ -6,6 +6,7 @@ Shapes: N instances of a bag, S side of the square, D hidden width, C classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ class PPEG(nn.Module):
             nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim) for size in (7, 5, 3)
         )
 
-    def forward(self, tokens_nd: Tensor, side: int) -> Tensor:
-        """Tokens (1 + S*S, D), class token first, to the same shape."""
-        square = tokens_nd[1:].T.reshape(1, -1, side, side)
+    def forward(self, tokens_nd: Tensor, side: int, num_special: int = 1) -> Tensor:
+        """Tokens (num_special + S*S, D), class or task tokens first, to the same shape."""
+        square = tokens_nd[num_special:].T.reshape(1, -1, side, side)
         encoded = square + sum(convolution(square) for convolution in self.convolutions)
-        return torch.cat([tokens_nd[:1], encoded[0].flatten(1).T])
+        return torch.cat([tokens_nd[:num_special], encoded[0].flatten(1).T])
 
 
 class TransMIL(Aggregator):
@@ -37,7 +38,7 @@ class TransMIL(Aggregator):
 
     Args:
         in_dim: width of the instance features.
-        num_classes: C.
+        num_classes: C, or one C for each task.
         hidden_dim: D, a multiple of `heads`.
         heads: attention heads.
         num_landmarks: landmarks of the Nyström approximation.
@@ -48,7 +49,7 @@ class TransMIL(Aggregator):
     def __init__(
         self,
         in_dim: int,
-        num_classes: int,
+        num_classes: int | Sequence[int],
         *,
         hidden_dim: int = 512,
         heads: int = 8,
@@ -74,7 +75,7 @@ class TransMIL(Aggregator):
         )
         self.position = PPEG(hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
-        self.classifier = nn.Linear(hidden_dim, num_classes)
+        self.classifier = nn.Linear(hidden_dim, self.num_logits)
 
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""

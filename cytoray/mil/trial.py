@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,29 @@ from torch import Tensor, nn
 from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation.metrics import evaluate_scores
 from cytoray.mil.aggregators import build_aggregator
-from cytoray.mil.base import Aggregator
+from cytoray.mil.base import MISSING, Aggregator, task_classes_of
 from cytoray.mil.config import MILConfig
 from cytoray.mil.packing import PackedBags
 
 OnEpoch = Callable[[dict[str, float]], "bool | None"]
-Batches = Callable[[int], Iterator[tuple[PackedBags, Tensor]]]
+Classes = int | Sequence[int]
+
+
+class Batch(NamedTuple):
+    """What one training step sees.
+
+    Attributes:
+        bags: packed; features may carry a graph.
+        labels: (B,) int64, or (B, tasks) with -1 where missing.
+        coarse: the same bags at a second scale, or None.
+    """
+
+    bags: PackedBags
+    labels: Tensor
+    coarse: PackedBags | None = None
+
+
+Batches = Callable[[int], Iterator[Batch]]
 
 
 @dataclass
@@ -31,17 +48,18 @@ class MILResult:
     Attributes:
         config: the trial.
         in_dim: width D of the features.
-        num_classes: C.
+        num_classes: C, or one C a task.
         state_dict: the aggregator of the best epoch, on the CPU.
         lora_state: the encoder's LoRA weights of the best epoch; empty without LoRA.
         best_epoch: best validation AUC, then lowest validation loss; 0 is the warm start.
-        val_metrics: every metric on the validation bags, at the best epoch.
+        val_metrics: every metric on the validation bags, at the best epoch; of several tasks,
+            the mean, and each task's own as `task<i>_<name>`.
         history: one record an epoch: epoch, train_loss, val_loss, val_auc, val_accuracy, lr.
     """
 
     config: MILConfig
     in_dim: int
-    num_classes: int
+    num_classes: Classes
     state_dict: dict[str, Tensor] = field(default_factory=dict)
     lora_state: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = -1
@@ -55,7 +73,7 @@ class MILResult:
         return aggregator.eval()
 
 
-def aggregator_of(config: MILConfig, in_dim: int, num_classes: int) -> Aggregator:
+def aggregator_of(config: MILConfig, in_dim: int, num_classes: Classes) -> Aggregator:
     """The aggregator a config names."""
     options: dict[str, Any] = {"dropout": config.dropout, **config.options}
     return build_aggregator(config.aggregator, in_dim, num_classes, **options)
@@ -71,24 +89,42 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def check_labels(
-    train_labels: Sequence[int], val_labels: Sequence[int], num_classes: int
+    train_labels: Sequence, val_labels: Sequence, num_classes: Classes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as int64 arrays.
+    """Labels as int64 arrays: (n,), or (n, tasks) with -1 where a task has no label.
 
     Raises:
-        InputError: no bag in a part, labels outside 0..C-1, or one class only to train on.
+        InputError: no bag in a part, labels outside 0..C-1, one class only to train on, or a task
+            without a labelled validation bag.
     """
-    parts = {"training": np.asarray(train_labels), "validation": np.asarray(val_labels)}
-    problems = []
-    for name, labels in parts.items():
+    classes = task_classes_of(num_classes)
+    parts, problems = {}, []
+    for name, labels in (("training", train_labels), ("validation", val_labels)):
+        widths = {len(np.atleast_1d(label)) for label in labels}
         if not len(labels):
             problems.append(f"there is no {name} bag")
-        elif not np.isin(labels, np.arange(num_classes)).all():
-            problems.append(f"{name} labels must be whole numbers in 0..{num_classes - 1}")
-    if not problems and len(np.unique(parts["training"])) < 2:
-        problems.append("all training bags have the same label")
+        elif widths != {len(classes)}:
+            problems.append(f"every {name} bag needs {len(classes)} labels, one a task")
+        else:
+            parts[name] = np.asarray(labels).reshape(len(labels), len(classes))
+            problems += _label_problems(name, parts[name], classes)
     raise_problems("these bags cannot be trained on:", problems)
-    return parts["training"].astype(np.int64), parts["validation"].astype(np.int64)
+    train, val = (parts[name].astype(np.int64) for name in ("training", "validation"))
+    return (train, val) if len(classes) > 1 else (train[:, 0], val[:, 0])
+
+
+def _label_problems(name: str, labels: np.ndarray, classes: Sequence[int]) -> list[str]:
+    problems, several = [], len(classes) > 1
+    for task, (column, count) in enumerate(zip(labels.T, classes, strict=True)):
+        where = f" of task {task}" if several else ""
+        known = column[column != MISSING] if several else column
+        if not np.isin(known, np.arange(count)).all():
+            problems.append(f"{name} labels{where} must be whole numbers in 0..{count - 1}")
+        elif not len(known):
+            problems.append(f"no {name} bag has a label{where}")
+        elif name == "training" and len(np.unique(known)) < 2:
+            problems.append(f"all training bags have the same label{where}")
+    return problems
 
 
 def class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
@@ -121,9 +157,9 @@ class Trial:
         config: the trial.
         aggregator: being trained.
         optimiser: over the aggregator, and LoRA's parameters if any.
-        train_labels, val_labels: (n,) int64.
+        train_labels, val_labels: (n,) int64, or (n, tasks).
         batches: epoch to packed bags with their labels; features may carry a graph.
-        val_logits: evaluates all validation bags: (n, C) float.
+        val_logits: evaluates all validation bags: (n, C) float of each task.
         snapshot: copies the state to keep if the epoch is the best.
     """
 
@@ -133,15 +169,20 @@ class Trial:
     train_labels: np.ndarray
     val_labels: np.ndarray
     batches: Batches
-    val_logits: Callable[[], np.ndarray]
+    val_logits: Callable[[], Sequence[np.ndarray]]
     snapshot: Callable[[], dict[str, dict[str, Tensor]]]
 
     def __post_init__(self) -> None:
-        config, num_classes = self.config, self.aggregator.num_classes
-        weights = class_weights(self.train_labels, num_classes)
-        if not config.class_weighting:
-            weights = torch.ones(num_classes)
-        self.weights = weights.to(next(self.aggregator.parameters()).device)
+        config = self.config
+        self.device = next(self.aggregator.parameters()).device
+        self.weights = [
+            class_weights(column[column >= 0], classes).to(self.device)
+            if config.class_weighting
+            else torch.ones(classes, device=self.device)
+            for column, classes in zip(
+                columns_of(self.train_labels), self.aggregator.task_classes, strict=True
+            )
+        ]
         steps = config.epochs * math.ceil(len(self.train_labels) / config.batch_bags)
         floors = [min(1.0, config.min_lr / group["lr"]) for group in self.optimiser.param_groups]
         factors = [partial(lr_factor, steps, config.warmup_share, floor) for floor in floors]
@@ -171,9 +212,9 @@ class Trial:
     def _train_epoch(self, epoch: int) -> float:
         """Mean training loss of the epoch, over bags."""
         self.aggregator.train()
-        total = torch.zeros((), device=self.weights.device)
-        for packed, labels in self.batches(epoch):
-            output = self.aggregator(packed.features, packed.offsets)
+        total = torch.zeros((), device=self.device)
+        for packed, labels, coarse in self.batches(epoch):
+            output = self.aggregator(packed.features, packed.offsets, coarse)
             terms = self.aggregator.loss(output, labels, self.weights)
             loss = torch.stack(list(terms.values())).sum()
             self.optimiser.zero_grad(set_to_none=True)
@@ -191,14 +232,38 @@ class Trial:
 
     def _evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
         self.aggregator.eval()
-        logits = self.val_logits()
-        probabilities = softmax(logits)
-        metrics = evaluate_scores(self.val_labels, probabilities)
-        weights = self.weights.cpu().numpy()[self.val_labels]
-        chosen = probabilities[np.arange(len(self.val_labels)), self.val_labels]
-        loss = float((weights * -np.log(np.maximum(chosen, 1e-12))).sum() / weights.sum())
-        record = {"val_loss": loss, "val_auc": metrics["auc"], "val_accuracy": metrics["accuracy"]}
+        losses, tables = [], []
+        parts = zip(self.val_logits(), columns_of(self.val_labels), self.weights, strict=True)
+        for logits, column, weight in parts:
+            known = column >= 0
+            labels, probabilities = column[known], softmax(logits[known])
+            tables.append(evaluate_scores(labels, probabilities))
+            weights = weight.cpu().numpy()[labels]
+            chosen = probabilities[np.arange(len(labels)), labels]
+            losses.append((weights * -np.log(np.maximum(chosen, 1e-12))).sum() / weights.sum())
+        metrics = tables[0] if len(tables) == 1 else over_tasks(tables)
+        record = {
+            "val_loss": float(np.mean(losses)),
+            "val_auc": metrics["auc"],
+            "val_accuracy": metrics["accuracy"],
+        }
         return record, metrics
+
+
+def columns_of(labels: np.ndarray) -> list[np.ndarray]:
+    """Labels (n,) or (n, tasks) as one (n,) a task."""
+    return [labels] if labels.ndim == 1 else list(labels.T)
+
+
+def over_tasks(tables: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the tasks where it is defined, then each task's own."""
+    merged = {}
+    for name in tables[0]:
+        defined = [table[name] for table in tables if math.isfinite(table[name])]
+        merged[name] = float(np.mean(defined)) if defined else math.nan
+    for task, table in enumerate(tables):
+        merged |= {f"task{task}_{name}": value for name, value in table.items()}
+    return merged
 
 
 def cpu_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

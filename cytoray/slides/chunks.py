@@ -8,6 +8,7 @@ against aliasing; where the scale is 1 the source pixels are handed on untouched
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -94,6 +95,17 @@ class ChunkPixels:
         if view.shape[:2] != (self.tile_px, self.tile_px):
             raise IndexError(f"tile {index} is not in this chunk")
         return view
+
+    def tiles(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Several tiles as one block, uint8 (n, tile_px, tile_px, 3), a copy.
+
+        Raises:
+            KeyError: one of them could not be decoded.
+        """
+        block = np.empty((len(indices), self.tile_px, self.tile_px, 3), np.uint8)
+        for position, index in enumerate(indices):
+            block[position] = self.tile(int(index))
+        return block
 
 
 def best_level(info: SlideInfo, scale: float) -> int:

@@ -65,13 +65,11 @@ def inside_core(
     """Which nuclei of a slide have their centre in a chunk; bool (N,).
 
     The same comparison is made when nuclei are detected and when they come from the table, so both
-    give the same nuclei to the same chunk.
+    give the same nuclei to the same chunk; it is the one that gives them to tiles, so none is lost
+    on a border.
     """
-    scale = np.array([mpp / mpp_slide[0], mpp / mpp_slide[1]], np.float32)
-    low = np.asarray(core_px[:2], np.float32) * scale
-    high = np.asarray(core_px[2:], np.float32) * scale
-    xy = nuclei_level0[:, :2] + _HALF
-    return np.all((xy >= low) & (xy < high), axis=1)
+    xy = to_tile_frame(nuclei_level0, mpp=mpp, mpp_slide=mpp_slide, tile_x_px=0, tile_y_px=0)
+    return np.all((xy >= core_px[:2]) & (xy < core_px[2:]), axis=1)
 
 
 def to_tile_frame(

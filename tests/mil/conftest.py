@@ -20,7 +20,7 @@ def bags():
 def check_parity(aggregator, bags, reference, *, atol=1e-5):
     """Packed, alone, and a plain per-bag reference agree: logits, attention and gradients.
 
-    `reference` maps (aggregator, bag (N, D)) to (logits (C,), attention (N,) or None).
+    `reference` maps (aggregator, bag (N, D)) to (logits (C,) of all tasks, attention (N,) or None).
     """
     parameters = list(aggregator.parameters())
 
@@ -35,9 +35,11 @@ def check_parity(aggregator, bags, reference, *, atol=1e-5):
     alone = [aggregator(*pack([bag])) for bag in bags]
     plain = [reference(aggregator, bag) for bag in bags]
     by_loop = torch.stack([logits for logits, _ in plain])
-    one_by_one = torch.cat([output.logits for output in alone])
-    assert torch.allclose(packed.logits, by_loop, atol=atol)
-    assert torch.allclose(packed.logits, one_by_one, atol=atol)
+    all_tasks = torch.cat(packed.task_logits, dim=1)
+    one_by_one = torch.cat([torch.cat(output.task_logits, dim=1) for output in alone])
+    assert torch.allclose(all_tasks, by_loop, atol=atol)
+    assert torch.allclose(all_tasks, one_by_one, atol=atol)
+    assert torch.equal(packed.logits, packed.task_logits[0])
     attention = torch.cat([output.attention for output in alone])
     assert torch.allclose(packed.attention, attention, atol=atol)
     if plain[0][1] is not None:
@@ -48,6 +50,6 @@ def check_parity(aggregator, bags, reference, *, atol=1e-5):
         assert float(part.sum()) == pytest.approx(1.0, abs=1e-5)
     expected = gradients(by_loop)
     scale = max(1.0, max(float(g.abs().max()) for g in expected))
-    for mine in (gradients(packed.logits), gradients(one_by_one)):
+    for mine in (gradients(all_tasks), gradients(one_by_one)):
         for a, b in zip(mine, expected, strict=True):
             assert torch.allclose(a, b, atol=atol * scale)

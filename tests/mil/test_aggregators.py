@@ -93,6 +93,23 @@ def test_class_weight_enters_the_loss(bags):
     )
 
 
+@pytest.mark.parametrize("name", [n for n, kind in AGGREGATORS.items() if kind.multi_task])
+def test_several_tasks_are_one_head_with_labels_of_their_own(name, bags):
+    aggregator = build_aggregator(name, 24, (2, 3), **SMALL.get(name, {})).eval()
+    output = aggregator(*pack(bags))
+    assert [logits.shape for logits in output.task_logits] == [(3, 2), (3, 3)]
+    assert torch.equal(output.logits, output.task_logits[0])
+    labels = torch.tensor([[0, -1], [1, 2], [-1, 0]])
+    terms = aggregator.loss(output, labels)
+    torch.stack(list(terms.values())).sum().backward()
+    if len(terms) == 1:
+        first = F.cross_entropy(output.task_logits[0][:2], labels[:2, 0])
+        second = F.cross_entropy(output.task_logits[1][1:], labels[1:, 1])
+        assert torch.allclose(terms["bag"], (first + second) / 2)
+    unlabelled = aggregator.loss(aggregator(*pack(bags)), torch.full((3, 2), -1))
+    assert all(float(value.detach()) == 0.0 for value in unlabelled.values())
+
+
 def test_wrong_names_are_answered_with_the_valid_ones():
     with pytest.raises(InputError, match="abmil, clam"):
         build_aggregator("abmill", 24, 2)

@@ -38,6 +38,7 @@ def test_a_frozen_head_comes_back_whole(tmp_path, frozen):
     assert np.array_equal(got.logits, expected.logits)
     assert not head.aggregator.training
     assert head.classes == ("benign", "malignant")
+    assert head.tasks == {"label": head.classes}
     assert (head.encoder_id, head.encoder_name, head.in_dim) == ("abc", "tiny", 8)
     assert head.config == result.config
     assert head.extra == {"mpp": 0.5, "task": "cancer"}
@@ -45,6 +46,27 @@ def test_a_frozen_head_comes_back_whole(tmp_path, frozen):
     encoder = TinyEncoder()
     assert head.adapt(encoder) is encoder
     assert sorted(p.name for p in folder.iterdir()) == ["head.json", "head.safetensors"]
+
+
+def test_a_head_of_several_tasks_comes_back_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    bags = [
+        LabelledBag(str(i), rng.normal(size=(i + 1, 8)).astype(np.float32), (i % 2, i % 3 - 1))
+        for i in range(12)
+    ]
+    options = {"num_blocks": 1, "num_slots": 2}
+    config = MILConfig(aggregator="unicas", options=options, epochs=1)
+    result = train_frozen(config, bags, bags, (2, 2))
+    classes = {"cancer": ("no", "yes"), "candida": ("no", "yes")}
+    head = load_head(save_head(tmp_path, result, classes=classes, encoder_id="abc"))
+    assert head.tasks == classes
+    assert head.classes == ("no", "yes")
+    features = [bag.features for bag in bags]
+    expected = predict(result.build(), features).task_logits
+    for mine, theirs in zip(predict(head.aggregator, features).task_logits, expected, strict=True):
+        assert np.array_equal(mine, theirs)
+    with pytest.raises(InputError, match="2, 3 class names"):
+        save_head(tmp_path, result, classes=classes | {"candida": "abc"}, encoder_id="abc")
 
 
 def test_a_lora_head_adapts_its_encoder(tmp_path):

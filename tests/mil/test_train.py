@@ -13,6 +13,9 @@ SMALL = {
     "clam": {"hidden_dim": 32, "attention_dim": 16},
     "transmil": {"hidden_dim": 32, "heads": 4, "num_landmarks": 4},
     "dtfd": {"hidden_dim": 32, "attention_dim": 16},
+    "clam_mb": {"hidden_dim": 32, "attention_dim": 16},
+    "unicas": {"num_blocks": 2, "num_slots": 4},
+    "less": {"hidden_dim": 32, "heads": 4, "num_blocks": 1, "coarse_depth": 1},
 }
 
 
@@ -34,7 +37,7 @@ def make_bags(count, seed, num_classes=2, width=16, positives=(0.6, 0.3)):
 def test_separable_bags_are_learnt(name):
     options = SMALL.get(name, {})
     lr = 3e-3 if options else 3e-2  # those without a hidden layer are linear in the features
-    epochs = 5 if name == "transmil" else 15
+    epochs = 5 if name in ("transmil", "unicas", "less") else 15
     config = MILConfig(
         aggregator=name, options=options, lr=lr, epochs=epochs, dropout=0, patience=0
     )
@@ -59,6 +62,76 @@ def test_several_classes_and_attention_on_the_evidence():
     attention = predict(result.build(), [bag.features]).attention[0]
     evidence = max(1, len(attention) // 5)
     assert attention[:evidence].mean() > 3 * attention[evidence:].mean()
+
+
+def make_task_bags(count, seed):
+    """Two tasks on the same bags, of which each knows a part."""
+    bags, rng = make_bags(count, seed), np.random.default_rng(seed)
+    made = []
+    for index, bag in enumerate(bags):
+        second = int(rng.integers(0, 3))
+        features = bag.features.copy()
+        if second:
+            features[:, 4 + second] += 3.0
+        labels = (bag.label if index % 3 else -1, second if index % 4 else -1)
+        made.append(LabelledBag(bag.slide_id, features, labels))
+    return made
+
+
+@pytest.mark.parametrize("name", ["abmil", "unicas"])
+def test_several_tasks_are_learnt_from_partial_labels(name):
+    config = MILConfig(aggregator=name, options=SMALL[name], lr=3e-3, epochs=12, dropout=0.0)
+    result = train_frozen(config, make_task_bags(90, 1), make_task_bags(60, 2), (2, 3))
+    metrics = result.val_metrics
+    assert min(metrics["task0_auc"], metrics["task1_auc"]) > 0.9
+    assert metrics["auc"] == pytest.approx((metrics["task0_auc"] + metrics["task1_auc"]) / 2)
+    bags = make_task_bags(20, 3)
+    predictions = predict(result.build(), [bag.features for bag in bags])
+    assert [p.shape for p in predictions.task_probabilities] == [(20, 2), (20, 3)]
+    assert np.array_equal(predictions.probabilities, predictions.task_probabilities[0])
+
+
+def test_labels_of_several_tasks_are_checked():
+    config, good = MILConfig(), make_task_bags(12, 1)
+
+    def with_labels(*labels):
+        return [LabelledBag("x", good[0].features, label) for label in labels]
+
+    with pytest.raises(InputError, match="every training bag needs 2 labels"):
+        train_frozen(config, with_labels(0, 1), good, (2, 3))
+    with pytest.raises(InputError, match=r"of task 1 must be whole numbers in 0\.\.2"):
+        train_frozen(config, with_labels((0, 3), (1, 0)), good, (2, 3))
+    with pytest.raises(InputError, match="same label of task 1"):
+        train_frozen(config, with_labels((0, 1), (1, 1)), good, (2, 3))
+    with pytest.raises(InputError, match="no validation bag has a label of task 0"):
+        train_frozen(config, good, with_labels((-1, 1)), (2, 3))
+
+
+def test_a_second_scale_reaches_the_aggregator():
+    """The label can be read from the coarse view alone."""
+    rng = np.random.default_rng(0)
+
+    def make(count):
+        bags = []
+        for index in range(count):
+            coarse = rng.normal(size=(int(rng.integers(2, 6)), 16)).astype(np.float32)
+            coarse[:, 0] += 4.0 * (index % 2)
+            fine = rng.normal(size=(9, 16)).astype(np.float32)
+            bags.append(LabelledBag(str(index), fine, index % 2, coarse))
+        return bags
+
+    config = MILConfig(aggregator="less", options=SMALL["less"], lr=3e-3, epochs=6, dropout=0.0)
+    train, val = make(40), make(20)
+    result = train_frozen(config, train, val, 2)
+    assert result.val_metrics["auc"] > 0.95
+    again = predict(result.build(), [b.features for b in val], (b.coarse for b in val))
+    assert (again.probabilities.argmax(1) == [b.label for b in val]).mean() > 0.9
+    without = [LabelledBag(b.slide_id, b.features, b.label) for b in train]
+    with pytest.raises(InputError, match="every bag a coarse view, or none"):
+        train_frozen(config, [*train[:20], *without[20:]], val, 2)
+    narrow = LabelledBag("narrow", train[0].features, 0, train[0].coarse[:, :3])
+    with pytest.raises(InputError, match="bag narrow: shape"):
+        train_frozen(config, [*train, narrow], val, 2)
 
 
 def test_same_seed_same_result_and_the_callers_random_state_is_left():

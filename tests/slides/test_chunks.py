@@ -189,3 +189,12 @@ def test_real_slide_without_scale(real_data):
     shift, _ = cv2.phaseCorrelate(halved, level1, window)
     # A quotient of 4443 / 2221 would shift x by 0.38 px here.
     assert abs(shift[0]) < 0.15
+
+
+def test_tiles_come_as_one_block(make_slide):
+    with open_slide(str(make_slide(width=1100, height=900))) as slide:
+        chunk = read_chunk(slide, square(0.25), Grid(tile_px=96, mpp=0.25), 0, 0, halo_px=7)
+    block = chunk.tiles([0, 9, 63])
+    assert block.shape == (3, 96, 96, 3)
+    np.testing.assert_array_equal(block[1], chunk.pixels[96:192, 96:192])
+    np.testing.assert_array_equal(block[2], chunk.tile(63))

@@ -1,0 +1,240 @@
+"""Image relative position encoding, product method (Wu et al. 2021): buckets of token pairs.
+
+The offset between two patches falls into one of 7 bins on each axis, 49 buckets in all; one more
+bucket holds every pair with a prefix token (class, registers), which has no place in the image.
+Shapes: N tokens, prefix tokens first; n batch times heads; K buckets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cytoray.errors import InputError
+
+ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
+NUM_BUCKETS = (2 * int(BETA) + 1) ** 2 + 1
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+def axis_bin(offset: int, alpha: float = ALPHA, beta: float = BETA, gamma: float = GAMMA) -> int:
+    """Signed bin of an offset along one axis, in [-int(beta), int(beta)].
+
+    Offsets up to `alpha` keep their value, farther ones share bins of logarithmic width, and all
+    from about `gamma` on fall into the last (the piecewise function of Wu et al. 2021, sec. 3.2).
+    """
+    distance = abs(offset)
+    if distance > alpha:
+        share = math.log(distance / alpha) / math.log(gamma / alpha)
+        # A bound of 3.8 stands for bin 3, as in the published 7 x 7 buckets.
+        distance = int(min(round(alpha + share * (beta - alpha)), beta))
+    return distance if offset >= 0 else -distance
+
+
+def bucket_index(
+    height: int,
+    width: int,
+    num_prefix: int,
+    alpha: float = ALPHA,
+    beta: float = BETA,
+    gamma: float = GAMMA,
+) -> Tensor:
+    """Bucket of every pair of tokens of an image.
+
+    Args:
+        height: rows of patches.
+        width: columns of patches.
+        num_prefix: class and register tokens in front of the patches.
+        alpha: up to this offset every value has a bin of its own.
+        beta: bins on either side of 0 (its whole part s).
+        gamma: from about this offset on all share the last bin.
+
+    Returns:
+        int64 (N, N), N = num_prefix + height * width. Entry (i, j) of two patches is
+        (bin(row_i - row_j) + s) * (2s + 1) + bin(column_i - column_j) + s; it is (2s + 1)^2 if i
+        or j is a prefix token.
+    """
+    side = int(beta)
+    bins = 2 * side + 1
+    far = max(height, width)
+    with torch.device("cpu"):
+        by_offset = torch.tensor(
+            [axis_bin(offset, alpha, beta, gamma) + side for offset in range(-far, far + 1)]
+        )
+        row_bin, column_bin = (
+            by_offset[torch.arange(size).unsqueeze(1) - torch.arange(size) + far]
+            for size in (height, width)
+        )
+        patches = row_bin[:, None, :, None] * bins + column_bin[None, :, None, :]
+        tokens = num_prefix + height * width
+        buckets = torch.full((tokens, tokens), bins * bins)
+        buckets[num_prefix:, num_prefix:] = patches.reshape(height * width, height * width)
+    return buckets
+
+
+@lru_cache(maxsize=64)
+def _cached_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor born in inference mode could not serve training
+        return bucket_index(*grid, num_prefix).to(device)
+
+
+@lru_cache(maxsize=64)
+def _cached_maps(
+    grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype | None
+) -> Tensor:
+    index = _cached_buckets(grid, num_prefix, device)
+    with torch.inference_mode(False):
+        return gather_maps(index) if dtype is None else one_hot_maps(index, dtype)
+
+
+@torch.compiler.assume_constant_result
+def cached_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
+    """`bucket_index` of a grid on `device`, made once."""
+    return _cached_buckets(grid, num_prefix, device)
+
+
+@torch.compiler.assume_constant_result
+def pair_maps(grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The buckets of a grid in the form in which `device` reads them fastest; made once.
+
+    Args:
+        grid: rows and columns of patches.
+        num_prefix: tokens in front of the patches.
+        device: where the attention runs.
+        dtype: of queries and keys.
+
+    Returns:
+        `gather_maps` on the CPU, elsewhere `one_hot_maps` of type `dtype`: sums over the pairs of a
+        bucket are then matrix products, which need no atomic additions and are repeatable.
+    """
+    return _cached_maps(grid, num_prefix, device, None if device.type == "cpu" else dtype)
+
+
+def gather_maps(index: Tensor) -> Tensor:
+    """Places in flattened (N, K) tables, of query i and of key j, for every pair (i, j).
+
+    Args:
+        index: int64 (N, N), buckets.
+
+    Returns:
+        int64 (2, N * N): i * K + index[i, j] and j * K + index[i, j].
+    """
+    first = torch.arange(len(index), device=index.device) * NUM_BUCKETS
+    return torch.stack([index + first.unsqueeze(1), index + first]).flatten(1)
+
+
+def one_hot_maps(index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, N, K) of type `dtype`, 1 at the bucket of each pair."""
+    return F.one_hot(index, NUM_BUCKETS).to(dtype)
+
+
+def pairs_from_queries(table: Tensor, maps: Tensor) -> Tensor:
+    """(n, N, K) to (n, N, N): out[:, i, j] = table[:, i, bucket(i, j)]."""
+    if maps.is_floating_point():
+        return torch.einsum("nib,ijb->nij", table, maps)
+    return table.flatten(1).index_select(1, maps[0]).unflatten(1, (table.shape[1], -1))
+
+
+def pairs_from_keys(table: Tensor, maps: Tensor) -> Tensor:
+    """(n, N, K) to (n, N, N): out[:, i, j] = table[:, j, bucket(i, j)]."""
+    if maps.is_floating_point():
+        return torch.einsum("njb,ijb->nij", table, maps)
+    return table.flatten(1).index_select(1, maps[1]).unflatten(1, (table.shape[1], -1))
+
+
+def sums_for_queries(pairs: Tensor, maps: Tensor) -> Tensor:
+    """(n, N, N) to (n, N, K): out[:, i, b] = sum of pairs[:, i, j] over j with bucket(i, j) = b."""
+    if maps.is_floating_point():
+        return torch.einsum("nij,ijb->nib", pairs, maps)
+    return _sums(pairs, maps[0])
+
+
+def sums_for_keys(pairs: Tensor, maps: Tensor) -> Tensor:
+    """(n, N, N) to (n, N, K): out[:, j, b] = sum of pairs[:, i, j] over i with bucket(i, j) = b."""
+    if maps.is_floating_point():
+        return torch.einsum("nij,ijb->njb", pairs, maps)
+    return _sums(pairs, maps[1])
+
+
+def _sums(pairs: Tensor, places: Tensor) -> Tensor:
+    n, tokens = pairs.shape[:2]
+    sums = pairs.new_zeros(n, tokens * NUM_BUCKETS)
+    return sums.scatter_add_(1, places.expand(n, -1), pairs.flatten(1)).unflatten(1, (tokens, -1))
+
+
+class PatchGrids:
+    """Which grids of patches a number of tokens stands for.
+
+    Fed as a forward pre-hook of the patch embedding and read by the blocks, which see tokens only.
+    All numbers are remembered: activation checkpointing runs a block again when crops of another
+    size have passed since.
+
+    Args:
+        num_prefix: class and register tokens in front of the patches of a crop.
+    """
+
+    def __init__(self, num_prefix: int) -> None:
+        self.num_prefix = num_prefix
+        self._known: dict[int, tuple[Grid, ...]] = {}
+        self._trained: dict[int, tuple[Grid, ...]] = {}
+
+    def __call__(self, patch_embed: Any, args: tuple[Any, ...]) -> None:
+        """Note the grid of the images that are about to be embedded."""
+        height, width = patch_embed.dynamic_feat_size(tuple(args[0].shape[-2:]))
+        self.note([(int(height), int(width))], in_training=patch_embed.training)
+
+    def tokens_of(self, grid: Grid) -> int:
+        """Tokens of one crop, prefix included."""
+        return self.num_prefix + grid[0] * grid[1]
+
+    def note(self, grids: Sequence[Grid], *, in_training: bool = False) -> None:
+        """Let sequences of as many tokens stand for `grids` from now on.
+
+        Args:
+            grids: of the crops that follow each other in a sequence, each with its prefix tokens;
+                crops attend to themselves only. Usually one.
+            in_training: whether gradients will be taken.
+
+        Raises:
+            InputError: in training, when that number already stands for other grids.
+        """
+        tokens = sum(self.tokens_of(grid) for grid in grids)
+        wanted = tuple(grids)
+        if in_training and torch.is_grad_enabled():
+            before = self._trained.setdefault(tokens, wanted)
+            if before != wanted:
+                raise InputError(
+                    f"crops of {list(wanted)} and of {list(before)} patches have equally many "
+                    "tokens, and blocks that are recomputed cannot tell them apart; train on crops "
+                    "of one shape"
+                )
+        self._known[tokens] = wanted
+
+    def noted(self, tokens: int) -> tuple[Grid, ...] | None:
+        """What was last noted for a sequence of `tokens`."""
+        return self._known.get(tokens)
+
+    def of(self, tokens: int) -> tuple[Grid, ...]:
+        """The grids of a sequence of `tokens`; one square grid if nothing was noted.
+
+        Raises:
+            InputError: neither noted nor a square.
+        """
+        noted = self.noted(tokens)
+        if noted is not None:
+            return noted
+        side = 0
+        while self.tokens_of((side + 1, side + 1)) <= tokens:
+            side += 1
+        if self.tokens_of((side, side)) != tokens:
+            raise InputError(
+                f"{tokens} tokens, {self.num_prefix} of them in front of the patches, make no "
+                "square grid; pass images through the whole model, or tell the grid by `note`"
+            )
+        return ((side, side),)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cytoray.distributed.cluster import Shared, share_cpus
+from cytoray.distributed.tile_source import Positions, pack_chunk, tile_blocks, unpack_chunk
+from cytoray.perturb import CROP_POLICIES
+from cytoray.streaming import ChunkOrder
+from cytoray.streaming.tiles import TileReader, TileReaderConfig
+
+POLICY = replace(CROP_POLICIES["dinov2"], num_global=2, num_local=1)
+
+
+@pytest.fixture
+def columns(rng) -> dict[str, np.ndarray]:
+    return {
+        "pixels": rng.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8),
+        "views": rng.random((5, 3, 14), dtype=np.float32),
+        "tile_id": np.array([f"s:{i}" for i in range(5)]),
+        "error": np.array(["", "", "lost, since ünreadable", "", ""]),
+        "num_nuclei": np.arange(5, dtype=np.int32),
+    }
+
+
+def test_a_chunk_is_one_row_and_comes_back(columns) -> None:
+    table = pack_chunk(columns)
+    assert table.num_rows == 1
+    back = unpack_chunk(table, 0, None)
+    assert list(back) == list(columns)
+    for name, values in columns.items():
+        assert back[name].dtype.kind == values.dtype.kind
+        assert np.array_equal(back[name], values)
+
+
+def test_a_slice_of_a_chunk_is_a_view(columns) -> None:
+    table = pack_chunk(columns)
+    part = unpack_chunk(table, 1, 3)
+    for name, values in columns.items():
+        assert np.array_equal(part[name], values[1:3])
+    pixels = part["pixels"]
+    address = table.column(0).chunk(0).buffers()[2].address
+    assert pixels.__array_interface__["data"][0] == address + columns["pixels"][0].nbytes
+    assert not pixels.flags.writeable
+
+
+def test_columns_of_another_layout_in_memory(columns) -> None:
+    turned = columns["pixels"].transpose(0, 2, 1, 3)
+    back = unpack_chunk(pack_chunk({"pixels": turned}), 0, None)
+    assert np.array_equal(back["pixels"], turned)
+
+
+def test_one_row_of_a_table_of_chunks(columns) -> None:
+    """Blocks of several chunks are cut into rows, also across the pieces of a table."""
+    tables = [pack_chunk({"views": columns["views"] + i}) for i in range(3)]
+    table = pa.concat_tables(tables)
+    for whole in (table, table.combine_chunks()):
+        for i in range(3):
+            views = unpack_chunk(whole.slice(i, 1), 0, None)["views"]
+            assert np.array_equal(views, columns["views"] + i)
+
+
+def test_positions_are_listed_in_order_in_bounded_pieces() -> None:
+    tasks = Positions(7, 250_003).get_read_tasks(1)
+    assert len(tasks) == 3
+    assert [task.metadata.num_rows for task in tasks] == [100_000, 100_000, 49_996]
+    first = next(iter(tasks[1]()))
+    assert isinstance(first, pa.Table)
+    assert first.column("position").to_pylist() == [100_007]
+    last = [table.column("position")[0].as_py() for table in tasks[2]()]
+    assert last == list(range(200_007, 250_003))
+
+
+@pytest.mark.ray
+def test_blocks_come_in_reading_order_one_a_chunk(ray_cluster, read_plan, nuclei_dir) -> None:
+    """Whatever reader is faster: position by position what `TileReader` gives alone."""
+    import ray
+
+    order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=5, shuffle_chunks=4)
+    config = TileReaderConfig(seed=5, policy=POLICY, nuclei_dir=nuclei_dir)
+    share = share_cpus(4, 1, cpus_per_worker=1, max_readers=2)
+    start, stop = 3, read_plan.num_chunks + 5  # on into the second epoch
+    blocks = tile_blocks(
+        Shared(read_plan),
+        order,
+        config,
+        share,
+        start=start,
+        stop=stop,
+        reserved_cpus=1,
+        reserved_gpus=0,
+    )
+    reader = TileReader(read_plan, order, config)
+    count = 0
+    for position, reference in enumerate(blocks, start=start):
+        chunk = unpack_chunk(ray.get(reference), 0, None)
+        alone = reader.read(position)
+        assert chunk["tile_id"].tolist() == alone["tile_id"].tolist()
+        assert np.array_equal(chunk["pixels"], alone["pixels"])
+        assert np.array_equal(chunk["views"], alone["views"])
+        count += 1
+    assert count == stop - start

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cytoray.distributed.cluster import Shared, share_cpus
+from cytoray.distributed.dealer import start_dealer
+from cytoray.distributed.tile_stream import TileBatch, TileStream, replace_invalid
+from cytoray.perturb import CROP_POLICIES
+from cytoray.streaming import ChunkOrder, StreamPosition
+from cytoray.streaming.tiles import TileReaderConfig
+
+POLICY = replace(CROP_POLICIES["dinov2"], num_global=2, num_local=1)
+BATCH = 12
+
+
+def batch_of(errors: list[str]) -> TileBatch:
+    n = len(errors)
+    pixels = np.arange(n * 12, dtype=np.uint8).reshape(n, 2, 2, 3)
+    pixels.flags.writeable = False
+    columns = {
+        "tile_id": np.array([f"t{i}" for i in range(n)]),
+        "error": np.array(errors),
+        "pixels": pixels,
+        "num_nuclei": np.arange(n),
+    }
+    return TileBatch(columns=columns, after=StreamPosition(), tiles=n)
+
+
+def test_unreadable_tiles_are_replaced_and_named() -> None:
+    batch = batch_of(["", "torn", "", "lost", "gone"])
+    before = batch.columns["pixels"].copy()
+    replace_invalid(batch)
+    assert batch.invalid == [("t1", "torn"), ("t3", "lost"), ("t4", "gone")]
+    assert batch.columns["num_nuclei"].tolist() == [0, 0, 2, 2, 0]
+    assert np.array_equal(batch.columns["pixels"], before[[0, 0, 2, 2, 0]])
+    assert batch.columns["tile_id"].tolist() == ["t0", "t1", "t2", "t3", "t4"]
+
+
+def test_a_readable_batch_is_left_alone() -> None:
+    batch = batch_of(["", ""])
+    pixels = batch.columns["pixels"]
+    replace_invalid(batch)
+    assert batch.invalid == []
+    assert batch.columns["pixels"] is pixels
+
+
+def test_a_batch_without_one_readable_tile_ends_the_run() -> None:
+    with pytest.raises(RuntimeError, match=r"no tile of a batch could be read; the first: torn"):
+        replace_invalid(batch_of(["torn", "lost"]))
+
+
+@pytest.fixture
+def stream_batches(ray_cluster, read_plan, nuclei_dir):
+    """stream_batches(start, world_size, steps=None) -> one list of batches a rank."""
+    order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=2, shuffle_chunks=4)
+
+    def run(
+        start: StreamPosition, world_size: int, steps: int | None = None
+    ) -> list[list[TileBatch]]:
+        source = {
+            "plan": Shared(read_plan),
+            "order": order,
+            "config": TileReaderConfig(seed=2, policy=POLICY, nuclei_dir=nuclei_dir),
+            "share": share_cpus(4, 1, cpus_per_worker=1, max_readers=2),
+            "reserved_cpus": 1.0,
+            "reserved_gpus": 0.0,
+        }
+        dealing = {
+            "start": start,
+            "end_epoch": 2,
+            "batch_size": BATCH,
+            "world_size": world_size,
+            "packet_rows": 3,
+        }
+        name = start_dealer(source, dealing)
+        streams = [TileStream(name, rank) for rank in range(world_size)]
+        try:
+            ranks = []
+            for stream in streams:  # each rank fetches in its own thread
+                ranks.append([b for _, b in zip(range(steps or 10**9), stream, strict=False)])
+            return ranks
+        finally:
+            for stream in streams:
+                stream.close()
+
+    return run
+
+
+def tiles_in_order(ranks: list[list[TileBatch]]) -> list[str]:
+    """Tile ids step by step, rank by rank."""
+    return [
+        name
+        for step in zip(*ranks, strict=True)
+        for batch in step
+        for name in batch.columns["tile_id"].tolist()
+    ]
+
+
+@pytest.mark.ray
+def test_every_tile_of_an_epoch_is_used_once_over_a_stop_and_another_number_of_workers(
+    stream_batches, plan_tile_ids
+) -> None:
+    """One worker for seven steps, then three from where it stopped: no loss, no repeat."""
+    total = len(plan_tile_ids)
+    [first] = stream_batches(StreamPosition(), 1, steps=7)
+    at = first[-1].after
+    assert at.offset > 0  # in the middle of a window
+    rest = stream_batches(at, 3)
+    assert len({len(rank) for rank in rest}) == 1
+    assert {len(b.columns["tile_id"]) for rank in rest for b in rank[:-1]} == {BATCH // 3}
+    used = tiles_in_order([first]) + tiles_in_order(rest)
+    epochs = used[:total], used[total:]
+    assert sorted(epochs[0]) == plan_tile_ids
+    assert epochs[0] != epochs[1][:total]
+    counts = Counter(epochs[1])
+    assert set(counts.values()) == {1}
+    dropped = 2 * total - len(used)  # the last batch is cut to what three ranks share equally
+    assert 0 <= dropped < 6
+
+
+@pytest.mark.ray
+def test_a_stopped_stream_goes_on_with_the_same_pixels(stream_batches) -> None:
+    [whole] = stream_batches(StreamPosition(), 1, steps=6)
+    [rest] = stream_batches(whole[2].after, 1, steps=3)
+    for mine, theirs in zip(rest, whole[3:], strict=True):
+        assert mine.after == theirs.after
+        for name in ("tile_id", "pixels", "views"):
+            assert np.array_equal(mine.columns[name], theirs.columns[name]), name
+
+
+@pytest.mark.ray
+def test_two_ranks_share_the_batches_of_one(stream_batches) -> None:
+    """The global batch is the same set of tiles, with the same pixels and views."""
+    [alone] = stream_batches(StreamPosition(), 1, steps=4)
+    ranks = stream_batches(StreamPosition(), 2, steps=4)
+    for step, batch in enumerate(alone):
+        for name in ("tile_id", "pixels", "views"):
+            halves = [rank[step].columns[name] for rank in ranks]
+            assert np.array_equal(np.concatenate(halves), batch.columns[name]), name
+
+
+@pytest.mark.ray
+def test_a_failure_of_the_stream_reaches_the_worker(ray_cluster, read_plan) -> None:
+    order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=2, shuffle_chunks=4)
+    source = {
+        "plan": Shared(read_plan),
+        "order": order,
+        "config": TileReaderConfig(seed=2, policy=POLICY, nuclei_dir="/nowhere"),
+        "share": share_cpus(4, 1, cpus_per_worker=1, max_readers=1),
+        "reserved_cpus": 1.0,
+        "reserved_gpus": 0.0,
+    }
+    dealing = {"start": StreamPosition(), "end_epoch": 1, "batch_size": 4, "world_size": 1}
+    stream = TileStream(start_dealer(source, dealing), 0)
+    with pytest.raises(Exception, match="cannot read the nuclei table /nowhere"):
+        next(iter(stream))
