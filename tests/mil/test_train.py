@@ -37,7 +37,7 @@ def make_bags(count, seed, num_classes=2, width=16, positives=(0.6, 0.3)):
 def test_separable_bags_are_learnt(name):
     options = SMALL.get(name, {})
     lr = 3e-3 if options else 3e-2  # those without a hidden layer are linear in the features
-    epochs = 5 if name in ("transmil", "unicas", "less") else 15
+    epochs = 5 if name in ("transmil", "less") else 15
     config = MILConfig(
         aggregator=name, options=options, lr=lr, epochs=epochs, dropout=0, patience=0
     )
