@@ -1,0 +1,1 @@
+"""One file a job; each reads as its workflow."""

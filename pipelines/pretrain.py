@@ -187,6 +187,11 @@ def _fit_cluster(config: Config) -> tuple[bool, Share]:
     use_gpu = resources.get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
     if config.workers < 1:
         raise InputError(f"--workers must be 1 or more, not {config.workers}")
+    if config.ssl.batch_size % config.workers:
+        raise InputError(
+            f"a batch of {config.ssl.batch_size} tiles cannot be shared equally by "
+            f"{config.workers} workers; make --ssl.batch-size a multiple of {config.workers}"
+        )
     share = share_cpus(
         resources.get("CPU", 0),
         config.workers,

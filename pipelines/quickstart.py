@@ -50,9 +50,11 @@ class Config:
     aggregators: tuple[str, ...] = ("mean", "abmil")
     lora_ranks: tuple[int, ...] = (0, 4)
     mil: MILConfig = field(
-        default_factory=lambda: MILConfig(epochs=40, patience=15, lr=1e-3, tiles_per_bag=16)
+        default_factory=lambda: MILConfig(
+            epochs=40, patience=15, lr=1e-3, tiles_per_bag=16, eval_tiles=64
+        )
     )
-    lora_epochs: int = 5
+    lora_epochs: int = 4
     seed: int = 0
     resume: bool = False
     address: str | None = None

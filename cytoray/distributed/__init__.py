@@ -1,0 +1,1 @@
+"""The only Ray: sources, stages, dealing, the worker's loop, search and job submission."""

@@ -310,15 +310,7 @@ def run_training(
 
     Returns:
         Why it stopped before its end; empty when it is complete.
-
-    Raises:
-        InputError: the batch cannot be shared by the workers.
     """
-    if settings.ssl.batch_size % workers:
-        raise InputError(
-            f"a batch of {settings.ssl.batch_size} tiles cannot be shared equally by {workers} "
-            f"workers; make --ssl.batch-size a multiple of {workers}"
-        )
     per_worker = {"CPU": settings.share.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
     settings = replace(settings, reserved_gpus=float(workers if use_gpu else 0))
     began = sum(1 for _ in settings.folder.read_events())

@@ -196,6 +196,7 @@ def _train(
         cohort.labels[cohort.parts["val"]].tolist(),
         classes,
         on_epoch,
+        frozen_features=dict(zip(cohort.slide_ids, cohort.features, strict=True)),
         device=device,
     )
 

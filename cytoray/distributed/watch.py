@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from cytoray.progress import Progress
@@ -25,7 +28,7 @@ class EventWatch:
     def __init__(self, folder: RunFolder, progress: Progress, *, total_steps: int) -> None:
         self._folder, self._progress = folder, progress
         self._total = total_steps
-        self._seen = sum(1 for _ in folder.read_events())
+        self._offset = folder.events_path.stat().st_size
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -36,17 +39,29 @@ class EventWatch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._read()
+        self.read()
 
     def _follow(self) -> None:
         while not self._stop.wait(_EVERY_S):
-            self._read()
+            self.read()
 
-    def _read(self) -> None:
-        events = list(self._folder.read_events())
-        for event in events[self._seen :]:
+    def read(self) -> None:
+        """Show what was written since the last call."""
+        for event in self._new_events():
             self._show(event)
-        self._seen = len(events)
+
+    def _new_events(self) -> Iterator[dict[str, Any]]:
+        """Whole lines written since the last look; the file may be long, its end is short."""
+        with self._folder.events_path.open("rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:  # left open by a process that was killed
+                continue
 
     def _show(self, event: dict[str, Any]) -> None:
         kind = event.get("event")
@@ -56,14 +71,16 @@ class EventWatch:
                 text += f"; checkpoint passed over: {skipped}"
             self._progress.note(text)
         elif kind in ("failed", "stopped", "collapse"):
-            self._progress.note(f"{kind} at step {event['step']}: {event['error']}")
+            where = f" at step {event['step']}" if event["step"] >= 0 else ""
+            self._progress.note(f"{kind}{where}: {event['error']}")
         elif kind == "step":
+            loss = math.nan if event["loss"] is None else event["loss"]  # JSON has no NaN
             self._progress.update(
                 "train",
                 event["step"],
                 self._total,
                 "steps",
-                detail=f"loss {event['loss']:.3f}, {event['tiles_per_s']:.1f} tiles/s, "
+                detail=f"loss {loss:.3f}, {event['tiles_per_s']:.1f} tiles/s, "
                 f"waits {event['wait_share']:.0%}",
             )
             self._progress.bottleneck(*self._bottleneck(event))

@@ -6,7 +6,7 @@ Pixels stay uint8 (k, S, S, 3) up to the encoder.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +83,7 @@ def train_lora(
     num_classes: Classes,
     on_epoch: OnEpoch | None = None,
     *,
+    frozen_features: Mapping[str, np.ndarray] | None = None,
     device: torch.device | str = "cpu",
 ) -> MILResult:
     """Train an aggregator and the encoder's LoRA layers together; `encoder` is not changed.
@@ -99,6 +100,8 @@ def train_lora(
         val_ids, val_labels: slides to choose the epoch by.
         num_classes: C, or one C for each of several tasks.
         on_epoch: called with each epoch's record; a true answer stops the trial.
+        frozen_features: features (N_i, D) of the slides by this encoder, for the warm start;
+            None: the tiles are embedded for it.
         device: to train on.
 
     Raises:
@@ -109,7 +112,7 @@ def train_lora(
     _check_tiles(tile_source, [*train_ids, *val_ids])
     with seeded(config.seed, device):
         adapted = adapt_encoder(encoder, config).to(device)
-        session = _LoraSession(config, adapted, tile_source, device)
+        session = _LoraSession(config, adapted, tile_source, device, frozen_features)
         train_set, val_set = (list(train_ids), labels[0]), (list(val_ids), labels[1])
         return session.run(train_set, val_set, num_classes, on_epoch)
 
@@ -132,9 +135,10 @@ class _LoraSession:
         encoder: nn.Module,
         tile_source: TileSource,
         device: torch.device,
+        frozen_features: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.config, self.encoder, self.device = config, encoder, device
-        self.tile_source = tile_source
+        self.tile_source, self.frozen_features = tile_source, frozen_features
         self.backbone = backbone_of(encoder)
 
     def embed(self, slide_id: str, limit: int) -> Tensor:
@@ -177,13 +181,19 @@ class _LoraSession:
         config = replace(self.config, epochs=self.config.warm_start_epochs)
         train_bags, val_bags = (
             [
-                LabelledBag(slide_id, self.embed(slide_id, self.config.eval_tiles), label)
+                LabelledBag(slide_id, self._frozen(slide_id), label)
                 for slide_id, label in zip(slide_ids, labels.tolist(), strict=True)
             ]
             for slide_ids, labels in (train_set, val_set)
         )
         result = train_frozen(config, train_bags, val_bags, num_classes, device=self.device)
         return result.state_dict
+
+    def _frozen(self, slide_id: str) -> np.ndarray | Tensor:
+        """A slide's features by the encoder as it was (B is still zero)."""
+        if self.frozen_features is not None:
+            return self.frozen_features[slide_id]
+        return self.embed(slide_id, self.config.eval_tiles)
 
     def run(self, train_set, val_set, num_classes: Classes, on_epoch: OnEpoch | None) -> MILResult:
         """Warm start, then train aggregator and LoRA together."""

@@ -3,16 +3,19 @@
 from cytoray.models.backbones import BackboneFacts, Tokens, ViTBackbone, build_backbone
 from cytoray.models.encoder import Encoder, EncoderSpec, load_encoder, read_encoder, save_encoder
 from cytoray.models.heads import DINOHead
+from cytoray.models.sr_transformer import SRConfig, use_sr
 
 __all__ = [
     "BackboneFacts",
     "DINOHead",
     "Encoder",
     "EncoderSpec",
+    "SRConfig",
     "Tokens",
     "ViTBackbone",
     "build_backbone",
     "load_encoder",
     "read_encoder",
     "save_encoder",
+    "use_sr",
 ]

@@ -5,6 +5,7 @@ Shapes: B crops, N patches, D width.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cytoray.errors import InputError
 from cytoray.models.drop_path import DropRows, subset_block
+from cytoray.models.sr_transformer import SR_TABLES, SRConfig, use_sr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +47,22 @@ def close_names(name: str, valid: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=64)
-def backbone_facts(name: str, kwargs: tuple[tuple[str, Any], ...] = ()) -> BackboneFacts:
+def backbone_facts(
+    name: str, kwargs: tuple[tuple[str, Any], ...] = (), sr: SRConfig | None = None
+) -> BackboneFacts:
     """Patch size, width and depth of a timm ViT, from a model without memory (meta device).
 
     Args:
         name: timm architecture.
         kwargs: sorted (argument, value) pairs of `timm.create_model`.
+        sr: SR-attention that it is to have.
 
     Raises:
-        InputError: unknown name, arguments timm refuses, or not a ViT with a class token.
+        InputError: unknown name, arguments timm refuses, not a ViT with a class token, or one that
+            cannot have SR-attention.
     """
     with torch.device("meta"):
-        vit = _create_vit(name, pretrained=False, kwargs=dict(kwargs))
+        vit = _with_sr(_create_vit(name, pretrained=False, kwargs=dict(kwargs)), sr)
     patch_px = cast(tuple[int, int], vit.patch_embed.patch_size)[0]
     return BackboneFacts(patch_px=patch_px, embed_dim=vit.embed_dim, depth=len(vit.blocks))
 
@@ -79,6 +85,10 @@ def _create_vit(name: str, *, pretrained: bool, kwargs: Mapping[str, Any]) -> Vi
             "take one of timm.list_models('vit_*')"
         )
     return model
+
+
+def _with_sr(vit: VisionTransformer, sr: SRConfig | None) -> VisionTransformer:
+    return vit if sr is None else use_sr(vit, **dataclasses.asdict(sr))
 
 
 class ViTBackbone(nn.Module):
@@ -149,6 +159,7 @@ def build_backbone(
     pretrained: bool = False,
     weights: Mapping[str, Tensor] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    sr: SRConfig | None = None,
     checkpoint_blocks: bool = False,
 ) -> ViTBackbone:
     """Build a backbone; random weights come from torch's global generator.
@@ -157,17 +168,21 @@ def build_backbone(
         name: timm architecture, with or without a weight tag.
         img_px: side of the crops for which the position table is made (others are resampled).
         pretrained: load timm's published weights.
-        weights: timm-keyed weights to start from instead.
+        weights: timm-keyed weights to start from instead; relative position tables that they do
+            not have stay zero.
         kwargs: further arguments of `timm.create_model`.
+        sr: SR-attention in place of the plain one.
         checkpoint_blocks: recompute the blocks in the backward pass.
 
     Raises:
         InputError: unknown name or arguments, or weights that do not fit.
     """
     vit = _create_vit(name, pretrained=pretrained, kwargs={"img_size": img_px, **(kwargs or {})})
+    vit = _with_sr(vit, sr)
     if weights is not None:
+        new_tables = {k: v for k, v in vit.state_dict().items() if k.endswith(SR_TABLES)}
         try:
-            vit.load_state_dict(dict(weights))
+            vit.load_state_dict(new_tables | dict(weights))
         except RuntimeError as error:
             raise InputError(f"the weights to start from do not fit {name!r}: {error}") from error
     return ViTBackbone(vit, checkpoint_blocks=checkpoint_blocks)

@@ -4,6 +4,7 @@ A folder holds `model.safetensors` and `encoder.json`; plain timm loads it:
 
     spec = json.load(open("encoder.json"))
     model = timm.create_model(spec["architecture"], num_classes=0, **spec["kwargs"])
+    if spec["sr"]: cytoray.models.use_sr(model, **spec["sr"])
     model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 """
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
 from cytoray.models.backbones import close_names
+from cytoray.models.sr_transformer import SRConfig, use_sr
 
 WEIGHTS_FILE = "model.safetensors"
 SPEC_FILE = "encoder.json"
@@ -52,6 +54,7 @@ class EncoderSpec:
         embed_dim: width D of the features.
         pooling: one of `POOLINGS`.
         kwargs: arguments of `timm.create_model` beyond the name.
+        sr: SR-attention that the model has; None: plain.
         source: where the weights come from, for people.
     """
 
@@ -64,6 +67,7 @@ class EncoderSpec:
     mpp: float | None = None
     pooling: str = "cls"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    sr: SRConfig | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -245,6 +249,7 @@ def read_encoder(folder: str | Path) -> tuple[dict[str, Tensor], EncoderSpec]:
         names = {f.name for f in dataclasses.fields(EncoderSpec)}
         fields: dict[str, Any] = {k: v for k, v in plain.items() if k in names}
         fields |= {"mean": tuple(plain["mean"]), "std": tuple(plain["std"])}
+        fields["sr"] = SRConfig(**plain["sr"]) if plain.get("sr") else None
         spec = EncoderSpec(**fields)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"encoder folder {folder} is damaged: {error}") from error
@@ -288,13 +293,18 @@ def _from_folder(folder: Path) -> Encoder:
     weights, spec = read_encoder(folder)
     try:
         with torch.device("meta"):  # no time spent on drawing weights that are replaced
-            model = timm.create_model(spec.architecture, num_classes=0, **spec.kwargs)
+            model = _built(spec)
         if set(dict(model.named_buffers())) - set(weights):  # tables computed when it is built
-            model = timm.create_model(spec.architecture, num_classes=0, **spec.kwargs)
+            model = _built(spec)
         model.load_state_dict(weights, assign=True)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"encoder folder {folder} does not fit timm's model: {error}") from error
     return Encoder(model, spec)
+
+
+def _built(spec: EncoderSpec) -> nn.Module:
+    model = cast(nn.Module, timm.create_model(spec.architecture, num_classes=0, **spec.kwargs))
+    return model if spec.sr is None else use_sr(model, **dataclasses.asdict(spec.sr))
 
 
 def _from_timm(name: str, *, pretrained: bool, seed: int, kwargs: Mapping[str, Any]) -> Encoder:

@@ -19,6 +19,7 @@ from cytoray.errors import InputError, raise_problems
 from cytoray.models.irpe import NUM_BUCKETS, Grid, PatchGrids, cached_buckets, pair_maps
 from cytoray.models.sr_attention import fast_sr_attention, sr_attention
 
+SR_TABLES = ("rel_k", "rel_q", "rel_v")  # parameters that a timm attention does not have
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,6 +46,11 @@ class SRConfig:
     def __post_init__(self) -> None:
         if self.top_h < 1:
             raise InputError(f"top_h is {self.top_h}; a query must keep at least 1 key")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a model is changed at all."""
+        return self.sparse or self.irpe
 
 
 class SRAttention(nn.Module):
@@ -88,7 +94,7 @@ class SRAttention(nn.Module):
         if config.per_head:
             shape = (self.num_heads, *shape)
         like = source.proj.weight
-        for name in ("rel_k", "rel_q", "rel_v"):
+        for name in SR_TABLES:
             table = nn.Parameter(like.new_zeros(shape)) if config.irpe else None
             self.register_parameter(name, table)
 
@@ -175,10 +181,11 @@ class SRAttention(nn.Module):
         top_h = self.config.top_h if self.config.sparse else None
         tables = (self.rel_k, self.rel_q, self.rel_v)
         prefix = self.grids.num_prefix
+        positions = grid if self.config.irpe else None
         if mask is not None:
-            buckets = cached_buckets(grid, prefix, q.device) if self.config.irpe else None
+            buckets = None if positions is None else cached_buckets(positions, prefix, q.device)
             return sr_attention(q, k, v, *tables, buckets, top_h, self.scale, mask)
-        maps = pair_maps(grid, prefix, q.device, q.dtype) if self.config.irpe else None
+        maps = None if positions is None else pair_maps(positions, prefix, q.device, q.dtype)
         return fast_sr_attention(q, k, v, *tables, maps, top_h, self.scale)
 
 
@@ -213,7 +220,7 @@ def use_sr(
     raise_problems(
         f"the SR-Transformer cannot be used with {type(vit).__name__}", _obstacles(vit, irpe)
     )
-    if not (irpe or sparse):
+    if not config.is_on:
         return vit
     model = cast(Any, vit)
     grids = PatchGrids(model.num_prefix_tokens)

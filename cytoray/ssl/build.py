@@ -24,8 +24,15 @@ def configured_backbone(config: PretrainConfig) -> ViTBackbone:
         pretrained=chosen.pretrained and weights is None,
         weights=weights,
         kwargs=chosen.kwargs,
+        sr=chosen.sr,
         checkpoint_blocks=config.checkpoint_blocks,
     )
+
+
+def configured_drop_path(config: PretrainConfig, embed_dim: int) -> float:
+    """The configured drop path, else the one that fits the width."""
+    chosen = config.backbone.drop_path
+    return default_drop_path(embed_dim) if chosen is None else chosen
 
 
 def configured_head(config: HeadConfig, embed_dim: int) -> DINOHead:
@@ -53,7 +60,6 @@ def build_self_distillation(
     cls_head = configured_head(config.head, width)
     separate = config.head.separate_ibot and ibot_weight != 0
     patch_head = configured_head(config.head, width) if separate else None
-    drop_path = config.backbone.drop_path
     return SelfDistillation(
         DINONetwork(backbone, cls_head, patch_head),
         out_dim=config.head.out_dim,
@@ -70,6 +76,6 @@ def build_self_distillation(
                 ratio_max=loss.mask_ratio_max,
             ),
         ),
-        drop_path=default_drop_path(width) if drop_path is None else drop_path,
+        drop_path=configured_drop_path(config, width),
         seed=config.seed,
     )

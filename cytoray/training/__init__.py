@@ -17,6 +17,8 @@ from cytoray.training.config import (
     LossConfig,
     OptimConfig,
     PretrainConfig,
+    SRConfig,
+    TwoViewConfig,
     encoder_spec,
 )
 from cytoray.training.engine import PretrainEngine
@@ -42,8 +44,10 @@ __all__ = [
     "OptimConfig",
     "PretrainConfig",
     "PretrainEngine",
+    "SRConfig",
     "SkippedCheckpoint",
     "TrainingDiverged",
+    "TwoViewConfig",
     "check_finite",
     "collapse_message",
     "encoder_spec",

@@ -10,9 +10,11 @@ import timm.models
 from cytoray.errors import InputError, raise_problems
 from cytoray.models.backbones import backbone_facts
 from cytoray.models.encoder import EncoderSpec, read_encoder
+from cytoray.models.sr_transformer import SRConfig
 from cytoray.ssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from cytoray.ssl.losses import TARGETS
 from cytoray.ssl.methods import METHODS
+from cytoray.ssl.two_views import TwoViewConfig, two_view_problems
 
 BackboneOption = int | float | bool | str
 
@@ -28,6 +30,7 @@ class BackboneConfig:
         drop_path: share of the crops each residual branch skips (batch-subset form);
             None: 0.3 for a width of 1024 or more, 0.1 for 768 or more, else 0.
         kwargs: further arguments of `timm.create_model`, e.g. `init_values`.
+        sr: the SR-Transformer's sparse attention and relative positions, each on or off.
     """
 
     name: str = "vit_tiny_patch16_224"
@@ -35,6 +38,7 @@ class BackboneConfig:
     init_from: str = ""
     drop_path: float | None = None
     kwargs: dict[str, BackboneOption] = field(default_factory=dict)
+    sr: SRConfig = field(default_factory=SRConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +135,7 @@ class PretrainConfig:
     crops: CropConfig = field(default_factory=CropConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    two_views: TwoViewConfig = field(default_factory=TwoViewConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 256
     total_steps: int = 100_000
@@ -144,6 +149,7 @@ class PretrainConfig:
             *_crop_problems(self),
             *_range_problems(self),
             *_optim_problems(self),
+            *two_view_problems(self),
         ]
         raise_problems("the pretraining configuration cannot be used", problems)
 
@@ -184,6 +190,7 @@ def encoder_spec(config: PretrainConfig, *, mpp: float | None = None) -> Encoder
         embed_dim=facts.embed_dim,
         pooling="cls",
         kwargs=options,
+        sr=config.backbone.sr if config.backbone.sr.is_on else None,
         source={"method": config.method},
     )
 
@@ -215,13 +222,14 @@ def _crop_problems(config: PretrainConfig) -> list[str]:
         problems.append("one global and no local crop make no pair; set crops.num_global to 2")
     try:
         options = {"img_size": crops.global_px, **backbone.kwargs}
-        patch_px = backbone_facts(backbone.name, tuple(sorted(options.items()))).patch_px
+        facts = backbone_facts(backbone.name, tuple(sorted(options.items())), backbone.sr)
     except InputError as error:
         return [*problems, str(error)]
     sizes = {"global_px": crops.global_px}
     if crops.num_local:
         sizes["local_px"] = crops.local_px
     for name, size_px in sizes.items():
+        patch_px = facts.patch_px
         if size_px < patch_px or size_px % patch_px:
             below = max(size_px // patch_px, 1) * patch_px
             problems.append(

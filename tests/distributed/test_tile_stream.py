@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -54,41 +56,59 @@ def test_a_batch_without_one_readable_tile_ends_the_run() -> None:
         replace_invalid(batch_of(["torn", "lost"]))
 
 
-def streams_of(plan, nuclei_dir: str, start: StreamPosition, world_size: int) -> list[TileStream]:
-    source = {
-        "plan": Shared(plan),
-        "order": ChunkOrder(num_chunks=plan.num_chunks, seed=2, shuffle_chunks=4),
-        "config": TileReaderConfig(seed=2, policy=POLICY, nuclei_dir=nuclei_dir),
-        "share": share_cpus(4, 1, cpus_per_worker=1, max_readers=2),
-        "reserved_cpus": 1.0,
-        "reserved_gpus": 0.0,
-    }
-    dealing = {
-        "start": start,
-        "end_epoch": 2,
-        "batch_size": BATCH,
-        "world_size": world_size,
-        "packet_rows": 3,
-    }
-    name = start_dealer(source, dealing)
-    return [TileStream(name, rank) for rank in range(world_size)]
+@pytest.fixture(scope="module")
+def open_streams(ray_cluster, read_plan, nuclei_dir):
+    """open_streams(start, world_size, nuclei_dir=...): one stream a rank, ended by `with`."""
+    import ray
+
+    @contextmanager
+    def opened(
+        start: StreamPosition, world_size: int, nuclei_dir: str = nuclei_dir
+    ) -> Iterator[list[TileStream]]:
+        source = {
+            "plan": Shared(read_plan),
+            "order": ChunkOrder(num_chunks=read_plan.num_chunks, seed=2, shuffle_chunks=4),
+            "config": TileReaderConfig(seed=2, policy=POLICY, nuclei_dir=nuclei_dir),
+            "share": share_cpus(4, 1, cpus_per_worker=1, max_readers=2),
+            "reserved_cpus": 1.0,
+            "reserved_gpus": 0.0,
+        }
+        dealing = {
+            "start": start,
+            "end_epoch": 2,
+            "batch_size": BATCH,
+            "world_size": world_size,
+            "packet_rows": 3,
+        }
+        name = start_dealer(source, dealing)
+        streams = [TileStream(name, rank) for rank in range(world_size)]
+        try:
+            yield streams
+        finally:
+            for stream in streams:
+                stream.close()
+            ray.kill(ray.get_actor(name, namespace="cytoray"))
+
+    return opened
 
 
-@pytest.fixture
-def step_batches(ray_cluster, read_plan, nuclei_dir):
+@pytest.fixture(scope="module")
+def step_batches(open_streams):
     """step_batches(start, world_size, steps=None) -> for each step, one batch a rank."""
 
     def run(
         start: StreamPosition, world_size: int, steps: int | None = None
     ) -> list[tuple[TileBatch, ...]]:
-        streams = streams_of(read_plan, nuclei_dir, start, world_size)
-        try:
+        with open_streams(start, world_size) as streams:
             return list(islice(zip(*streams, strict=True), steps))
-        finally:
-            for stream in streams:
-                stream.close()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def alone(step_batches) -> list[tuple[TileBatch, ...]]:
+    """The first seven steps of a single worker."""
+    return step_batches(StreamPosition(), 1, steps=7)
 
 
 def tiles_in_order(steps: list[tuple[TileBatch, ...]]) -> list[str]:
@@ -98,16 +118,15 @@ def tiles_in_order(steps: list[tuple[TileBatch, ...]]) -> list[str]:
 
 @pytest.mark.ray
 def test_every_tile_of_an_epoch_is_used_once_over_a_stop_and_another_number_of_workers(
-    step_batches, plan_tile_ids
+    step_batches, alone, plan_tile_ids
 ) -> None:
     """One worker for seven steps, then three from where it stopped: no loss, no repeat."""
     total = len(plan_tile_ids)
-    first = step_batches(StreamPosition(), 1, steps=7)
-    at = first[-1][0].after
+    at = alone[-1][0].after
     assert at.offset > 0  # in the middle of a window
     rest = step_batches(at, 3)
     assert {len(b.columns["tile_id"]) for step in rest[:-1] for b in step} == {BATCH // 3}
-    used = tiles_in_order(first) + tiles_in_order(rest)
+    used = tiles_in_order(alone) + tiles_in_order(rest)
     epochs = used[:total], used[total:]
     assert sorted(epochs[0]) == plan_tile_ids
     assert epochs[0][:50] != epochs[1][:50]
@@ -117,28 +136,20 @@ def test_every_tile_of_an_epoch_is_used_once_over_a_stop_and_another_number_of_w
 
 
 @pytest.mark.ray
-def test_a_stopped_stream_goes_on_with_the_same_pixels(step_batches) -> None:
-    whole = step_batches(StreamPosition(), 1, steps=6)
-    rest = step_batches(whole[2][0].after, 1, steps=3)
-    for (mine,), (theirs,) in zip(rest, whole[3:], strict=True):
-        assert mine.after == theirs.after
-        for name in ("tile_id", "pixels", "views"):
-            assert np.array_equal(mine.columns[name], theirs.columns[name]), name
-
-
-@pytest.mark.ray
-def test_two_ranks_share_the_batches_of_one(step_batches) -> None:
-    """The global batch is the same set of tiles, with the same pixels and views."""
-    alone = step_batches(StreamPosition(), 1, steps=4)
-    shared = step_batches(StreamPosition(), 2, steps=4)
-    for (whole,), halves in zip(alone, shared, strict=True):
+def test_two_ranks_go_on_with_the_batches_one_would_have_had(step_batches, alone) -> None:
+    """The same tiles, pixels and views, in halves."""
+    rest = step_batches(alone[2][0].after, 2, steps=3)
+    for halves, (whole,) in zip(rest, alone[3:6], strict=True):
+        assert {half.after for half in halves} == {whole.after}
         for name in ("tile_id", "pixels", "views"):
             both = np.concatenate([half.columns[name] for half in halves])
             assert np.array_equal(both, whole.columns[name]), name
 
 
 @pytest.mark.ray
-def test_a_failure_of_the_stream_reaches_the_worker(ray_cluster, read_plan) -> None:
-    [stream] = streams_of(read_plan, "/nowhere", StreamPosition(), 1)
-    with pytest.raises(Exception, match="cannot read the nuclei table /nowhere"):
+def test_a_failure_of_the_stream_reaches_the_worker(open_streams) -> None:
+    with (
+        open_streams(StreamPosition(), 1, nuclei_dir="/nowhere") as [stream],
+        pytest.raises(Exception, match="cannot read the nuclei table /nowhere"),
+    ):
         next(iter(stream))

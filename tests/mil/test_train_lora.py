@@ -214,3 +214,27 @@ def test_bad_input_is_named():
         train_lora(CONFIG, Frozen(), source, ids, labels, ids, labels, 2)
     with pytest.raises(InputError, match="no timm model"):
         train_lora(CONFIG, nn.Linear(1, 1), source, ids, labels, ids, labels, 2)
+
+
+def test_warm_start_takes_the_features_it_is_given():
+    calls = []
+
+    class Counting(ArrayTileSource):
+        def __call__(self, slide_id, indices, rng):
+            calls.append(slide_id)
+            return super().__call__(slide_id, indices, rng)
+
+    rng = np.random.default_rng(0)
+    names = [f"s{i}" for i in range(6)]
+    labels = [i % 2 for i in range(6)]
+    encoder = TinyEncoder().eval()
+    tiles = {name: rng.integers(0, 255, (3, 32, 32, 3), dtype=np.uint8) for name in names}
+    with torch.no_grad():
+        features = {name: encoder(torch.from_numpy(tiles[name])).numpy() for name in names}
+    config = dataclasses.replace(CONFIG, epochs=1, batch_tiles=8)
+    slides = (names[:4], labels[:4], names[4:], labels[4:], 2)
+    given = train_lora(config, encoder, Counting(tiles), *slides, frozen_features=features)
+    # one tile for the width, two validations of two slides, one epoch of four bags
+    assert len(calls) == 1 + 2 * 2 + 4
+    embedded = train_lora(config, encoder, Counting(tiles), *slides)
+    assert given.history[0]["val_loss"] == pytest.approx(embedded.history[0]["val_loss"], abs=1e-4)

@@ -2,7 +2,10 @@
 
 from cytoray.ssl.losses.dino import dino_loss, soft_cross_entropy
 from cytoray.ssl.losses.ibot import ibot_loss
+from cytoray.ssl.losses.info_nce import info_nce_loss, queue_loss
 from cytoray.ssl.losses.koleo import koleo, koleo_loss
+from cytoray.ssl.losses.negative_cosine import byol_loss
+from cytoray.ssl.losses.nt_xent import nt_xent, nt_xent_loss
 from cytoray.ssl.losses.targets import (
     TARGETS,
     MovingCentre,
@@ -16,10 +19,15 @@ __all__ = [
     "MovingCentre",
     "Sinkhorn",
     "build_targets",
+    "byol_loss",
     "dino_loss",
     "ibot_loss",
+    "info_nce_loss",
     "koleo",
     "koleo_loss",
+    "nt_xent",
+    "nt_xent_loss",
+    "queue_loss",
     "sinkhorn_knopp",
     "soft_cross_entropy",
 ]
