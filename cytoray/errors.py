@@ -1,4 +1,4 @@
-"""The errors a user meets: bad input (exit code 2) and bad slides (quarantined, the run goes on)."""
+"""The errors a user meets: bad input (exit code 2) and bad slides (quarantined)."""
 
 from __future__ import annotations
 
