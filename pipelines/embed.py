@@ -12,6 +12,7 @@ import ray
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.embed import EncoderChoice, embed_slides
+from cytoray.errors import InputError
 from cytoray.progress import Progress, summary_table
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import grid_of_row, merge_quarantine, read_slide_table
@@ -44,6 +45,10 @@ class Config:
     resume: bool = False
     address: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.encoders < 1:
+            raise InputError(f"--encoders must be 1 or more, not {self.encoders}")
+
 
 def run(config: Config) -> dict[str, Any]:
     """Embed the slides that have no bag yet."""
@@ -51,9 +56,6 @@ def run(config: Config) -> dict[str, Any]:
     plan = index_plan(config.index)
     choice = EncoderChoice(source=config.encoder, pretrained=config.pretrained)
     encoder = choice.load()
-    folder = RunFolder.open(
-        config.out, "embed", to_plain(config), config.resume, MAY_CHANGE | {"encoders", "use_gpu"}
-    )
     connect(config.address)
     resources = ray.cluster_resources()
     use_gpu = resources.get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
@@ -64,6 +66,9 @@ def run(config: Config) -> dict[str, Any]:
             Need(what="list of chunks", count=1, cpus=0.1),
         ],
         hint="ask for fewer --encoders or add nodes",
+    )
+    folder = RunFolder.open(
+        config.out, "embed", to_plain(config), config.resume, MAY_CHANGE | {"encoders", "use_gpu"}
     )
     bags = folder.path / "bags"
     with Progress(f"embed {plan.slides.num_rows:,} slides") as progress:

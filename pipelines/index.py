@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import connect
 from cytoray.distributed.index import index_slides, merge_parts
-from cytoray.errors import InputError
+from cytoray.errors import InputError, raise_problems
 from cytoray.indexing import IndexSettings
 from cytoray.nuclei import DETECTORS
 from cytoray.progress import Progress, summary_table
@@ -52,6 +52,20 @@ class Config:
     resume: bool = False
     address: str | None = None
 
+    def __post_init__(self) -> None:
+        problems = []
+        if self.detector not in (*DETECTORS, "none"):
+            problems.append(
+                f"unknown detector {self.detector!r}; valid: {', '.join(sorted(DETECTORS))}, none"
+            )
+        if self.magnification is not None and self.magnification <= 0:
+            problems.append(f"--magnification must be above 0, not {self.magnification:g}")
+        if not 0 <= self.keep_share <= 1:
+            problems.append(f"--keep-share must be from 0 to 1, not {self.keep_share:g}")
+        if self.max_actors < 0:
+            problems.append(f"--max-actors must be 0 or more, not {self.max_actors}")
+        raise_problems("this index cannot be made:", problems)
+
     @property
     def grid(self) -> Grid:
         mpp = self.mpp if self.magnification is None else 10.0 / self.magnification
@@ -61,10 +75,6 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Index the manifest's slides; a bad slide is quarantined and never stops the run."""
     began = time.perf_counter()
-    if config.detector not in (*DETECTORS, "none"):
-        raise InputError(
-            f"unknown detector {config.detector!r}; valid: {', '.join(sorted(DETECTORS))}, none"
-        )
     settings = IndexSettings(
         grid=config.grid,
         detector=config.detector,
@@ -72,8 +82,8 @@ def run(config: Config) -> dict[str, Any]:
         trust_manifest_mpp=config.trust_manifest_mpp,
     )
     manifest = read_manifest(config.manifest)
-    folder = RunFolder.open(config.out, "index", to_plain(config), config.resume)
     connect(config.address)
+    folder = RunFolder.open(config.out, "index", to_plain(config), config.resume)
     with Progress(f"index of {len(manifest):,} slides") as progress:
         index_slides(
             manifest.rows, settings, folder.path, progress=progress, max_actors=config.max_actors

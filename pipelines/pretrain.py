@@ -15,7 +15,7 @@ from cytoray.config import to_plain
 from cytoray.distributed.cluster import Need, Share, Shared, check_fits, connect, share_cpus
 from cytoray.distributed.pretrain import LoopSettings, run_training
 from cytoray.distributed.watch import EventWatch
-from cytoray.errors import InputError, choose
+from cytoray.errors import InputError, choose, raise_problems
 from cytoray.models.encoder import replace_folder
 from cytoray.nuclei import DETECTORS
 from cytoray.perturb import CROP_POLICIES, CropPolicy
@@ -90,12 +90,38 @@ class Config:
     address: str | None = None
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        at_least_one = {
+            "workers": self.workers,
+            "shuffle-chunks": self.shuffle_chunks,
+            "checkpoint-every": self.checkpoint_every,
+            "keep-checkpoints": self.keep_checkpoints,
+            "log-every": self.log_every,
+            "max-readers": 1 if self.max_readers is None else self.max_readers,
+        }
+        above_zero = {"epochs": self.epochs, "cpus-per-worker": self.cpus_per_worker}
+        problems = [
+            *(f"--{k} must be 1 or more, not {v}" for k, v in at_least_one.items() if v < 1),
+            *(
+                f"--{k} must be above 0, not {v:g}"
+                for k, v in above_zero.items()
+                if v is not None and v <= 0
+            ),
+        ]
+        if self.workers >= 1 and self.ssl.batch_size % self.workers:
+            problems.append(
+                f"a batch of {self.ssl.batch_size} tiles cannot be shared equally by "
+                f"{self.workers} workers; make --ssl.batch-size a multiple of {self.workers}"
+            )
+        raise_problems("this pretraining cannot be run:", problems)
+
 
 def run(config: Config) -> dict[str, Any]:
     """Train to the end, or from the last checkpoint to the end, and export the encoder."""
     began = time.perf_counter()
     plan = read_plan(config)
     config, ssl, end_epoch = _settle_steps(config, plan)
+    reader = _reader_config(config)
     connect(config.address)
     use_gpu, share = _fit_cluster(config)
     if config.dry_run:
@@ -110,7 +136,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     settings = LoopSettings(
         ssl=ssl,
-        reader=_reader_config(config),
+        reader=reader,
         order=ChunkOrder(
             num_chunks=plan.num_chunks, seed=ssl.seed, shuffle_chunks=config.shuffle_chunks
         ),
@@ -185,13 +211,6 @@ def _settle_steps(config: Config, plan: ReadPlan) -> tuple[Config, PretrainConfi
 def _fit_cluster(config: Config) -> tuple[bool, Share]:
     resources = ray.cluster_resources()
     use_gpu = resources.get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
-    if config.workers < 1:
-        raise InputError(f"--workers must be 1 or more, not {config.workers}")
-    if config.ssl.batch_size % config.workers:
-        raise InputError(
-            f"a batch of {config.ssl.batch_size} tiles cannot be shared equally by "
-            f"{config.workers} workers; make --ssl.batch-size a multiple of {config.workers}"
-        )
     share = share_cpus(
         resources.get("CPU", 0),
         config.workers,

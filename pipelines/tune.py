@@ -94,29 +94,45 @@ class Config:
     resume: bool = False
     address: str | None = None
 
+    def __post_init__(self) -> None:
+        lists = {"aggregators": self.aggregators, "lora-ranks": self.lora_ranks, "lrs": self.lrs}
+        shares = {"val-fraction": self.val_fraction, "test-fraction": self.test_fraction}
+        problems = [f"--{name} needs a value" for name, given in lists.items() if not given]
+        problems += [
+            f"--{name} must be above 0 and below 1, not {share:g}"
+            for name, share in shares.items()
+            if not 0 < share < 1
+        ]
+        if self.lora_epochs < 1:
+            problems.append(f"--lora-epochs must be 1 or more, not {self.lora_epochs}")
+        if self.cpus_per_trial <= 0 or self.gpus_per_trial < 0:
+            problems.append("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
+        raise_problems("this grid cannot be run:", problems)
+
 
 def run(config: Config) -> dict[str, Any]:
     """Run the grid, choose by validation, evaluate on the held-out slides, register the head."""
     began = time.perf_counter()
     for name in config.aggregators:
         choose("aggregator", name, AGGREGATORS)
+    grid = grid_configs(config)
     store = open_bags(config.bags)
     cohort = read_cohort(config, store)
     choice = EncoderChoice(source=config.encoder, pretrained=config.pretrained)
     _check_encoder(choice, cohort)
     may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment"}
-    folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
     connect(config.address)
     check_fits(
         [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)],
         hint="ask for less --cpus-per-trial or --gpus-per-trial",
     )
+    folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
     tracker = Tracker(config.tracking_uri or None, config.experiment)
     run_id = tracker.start_run(
         f"tune {config.label}", params=to_plain(config), tags={"cytoray.job": "tune"},
         key=folder.run_id,
     )  # fmt: skip
-    specs = grid_specs(config, folder, tracker, run_id)
+    specs = [trial_spec(mil, folder, tracker, run_id) for mil in grid]
     uses_lora = any(rank > 0 for rank in config.lora_ranks)
     settings = SearchSettings(
         cohort=Shared(cohort),
@@ -217,30 +233,38 @@ def _check_encoder(choice: EncoderChoice, cohort: Cohort) -> None:
         )
 
 
-def grid_specs(
-    config: Config, folder: RunFolder, tracker: Tracker, parent_run_id: str
-) -> list[TrialSpec]:
-    """The grid, each trial with a folder and an MLflow run that are the same on resume."""
-    specs = []
+def grid_configs(config: Config) -> list[MILConfig]:
+    """Every combination once.
+
+    Raises:
+        InputError: a value no trial can have.
+    """
+    trials = []
     grid = itertools.product(config.aggregators, config.lora_ranks, config.lrs)
-    for aggregator, rank, lr in grid:
+    for aggregator, rank, lr in dict.fromkeys(grid):
         mil = replace(config.mil, aggregator=aggregator, lora_rank=rank, lr=lr)
         if rank > 0:
             mil = replace(mil, epochs=config.lora_epochs, warm_start_epochs=config.mil.epochs)
-        text = json.dumps(to_plain(mil), sort_keys=True)
-        digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-        key = f"{aggregator}-r{rank}-lr{lr:g}-{digest}"
-        run_id = tracker.start_run(
-            key,
-            params=to_plain(mil),
-            tags={"cytoray.job": "trial"},
-            parent_run_id=parent_run_id,
-            key=f"{folder.run_id}:{key}",
-        )
-        specs.append(
-            TrialSpec(key=key, config=mil, folder=str(folder.path / "trials" / key), run_id=run_id)
-        )
-    return specs
+        trials.append(mil)
+    return trials
+
+
+def trial_spec(
+    mil: MILConfig, folder: RunFolder, tracker: Tracker, parent_run_id: str
+) -> TrialSpec:
+    """A trial with a name, a folder and an MLflow run that are the same on resume."""
+    text = json.dumps(to_plain(mil), sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    key = f"{mil.aggregator}-r{mil.lora_rank}-lr{mil.lr:g}-{digest}"
+    run_id = tracker.start_run(
+        key,
+        params=to_plain(mil),
+        tags={"cytoray.job": "trial"},
+        parent_run_id=parent_run_id,
+        key=f"{folder.run_id}:{key}",
+    )
+    place = str(folder.path / "trials" / key)
+    return TrialSpec(key=key, config=mil, folder=place, run_id=run_id)
 
 
 def _spec_of(specs: list[TrialSpec], result: dict[str, Any]) -> Any:

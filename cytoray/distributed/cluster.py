@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import cloudpickle
 
 from cytoray.errors import InputError
 
@@ -18,6 +17,9 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Ray prints an error for every actor pool of Ray Data, which always hands its code over through
+    # the object store. Set this to `info` to see what the C++ side has to say.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 _AUTH_TOKEN = Path("~/.ray/auth_token")
 _NO_CLUSTER = "start one with `ray start --head`, or leave --address out to run here"
@@ -155,12 +157,12 @@ def share_cpus(
         total_cpus: of the cluster.
         workers: training workers.
         cpus_per_worker: as asked; None: 1, or less where workers and readers need more than there
-            is (two workers on two cores take half a CPU each).
+            is (two workers on two cores take half a CPU each), but never less than half of one.
         max_readers: as asked; None: as many as fit.
     """
     per_worker = cpus_per_worker
     if per_worker is None:
-        per_worker = 1.0 if total_cpus >= 2 * workers else max(0.25, total_cpus / (2 * workers))
+        per_worker = 1.0 if total_cpus >= 2 * workers else max(0.5, total_cpus / (2 * workers))
     rest = total_cpus - workers * per_worker - 0.1
     per_reader = 1.0 if rest >= 2 else 0.4
     fit = max(1, int(rest / per_reader + 1e-9))
@@ -174,15 +176,15 @@ def share_cpus(
 
 
 class Shared:
-    """A value put into the object store once, for actors of any job stage to look at.
+    """A value put into the object store once, for the actors of any stage to look at.
 
-    It travels as bytes: a reference among an actor's arguments makes Ray print an error for every
-    pool. The value stays in the store as long as the process that put it there lives.
+    Held inside an object, the reference reaches an actor as it is; as a plain argument it would be
+    turned into the value before the actor starts.
     """
 
     def __init__(self, value: object) -> None:
-        self._reference = cloudpickle.dumps(ray.put(value))
+        self._reference = ray.put(value)
 
     def get(self) -> Any:
         """The value; arrays in it are read-only views of the store."""
-        return ray.get(cloudpickle.loads(self._reference))
+        return ray.get(self._reference)

@@ -102,7 +102,7 @@ def _stream(
     positions = ray.data.read_datasource(
         Positions(0, rows.num_rows), num_cpus=0.1, override_num_blocks=1
     )
-    with warnings.catch_warnings():  # these two have no named parameters to replace them
+    with warnings.catch_warnings():  # no named parameter replaces this one
         warnings.simplefilter("ignore", RayDeprecationWarning)
         dataset = positions.map_batches(
             IndexSlides,  # type: ignore[arg-type]
@@ -110,7 +110,6 @@ def _stream(
             batch_size=None,
             num_cpus=each,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-            max_restarts=_TRIES_AFTER_CRASH + 1,
             max_task_retries=_TRIES_AFTER_CRASH,
         )
     batches: Any = dataset.iter_batches(batch_size=None, prefetch_batches=1)

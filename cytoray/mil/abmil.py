@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
@@ -42,10 +43,13 @@ class AttentionScorer(nn.Module):
 
     def forward(self, hidden_th: Tensor) -> Tensor:
         """Scores (T, K) before the softmax."""
-        branch_tl = self.dropout(torch.tanh(self.value(hidden_th)))
-        if self.gate is not None:
-            branch_tl = branch_tl * self.dropout(torch.sigmoid(self.gate(hidden_th)))
-        return self.score(branch_tl)
+        if self.gate is None:
+            return self.score(self.dropout(torch.tanh(self.value(hidden_th))))
+        weight = torch.cat([self.value.weight, self.gate.weight])
+        bias = torch.cat([self.value.bias, self.gate.bias])
+        value_tl, gate_tl = F.linear(hidden_th, weight, bias).chunk(2, dim=1)  # one product for two
+        gate_tl = self.dropout(torch.sigmoid(gate_tl))
+        return self.score(self.dropout(torch.tanh(value_tl)) * gate_tl)
 
 
 def attention_pool(

@@ -81,11 +81,14 @@ class Aggregator(nn.Module, ABC):
         multi_task: takes several tasks at once.
         num_scales: 2 where a second, coarser view of each bag is used.
         num_logits: sum of C over the tasks: the width that `aggregate` must give.
+        cpu_instances: bags go through `aggregate` in groups of about so many instances on a CPU,
+            where larger intermediate tensors leave the cache and are paid for page by page.
     """
 
     optimizer_defaults: ClassVar[Mapping[str, Any]] = {}
     multi_task: ClassVar[bool] = True
     num_scales: ClassVar[int] = 1
+    cpu_instances: ClassVar[int] = 8192
 
     def __init__(self, in_dim: int, num_classes: int | Sequence[int]) -> None:
         super().__init__()
@@ -112,29 +115,42 @@ class Aggregator(nn.Module, ABC):
         Raises:
             InputError: an empty bag, a width that is not `in_dim`, or other bags in `coarse`.
         """
-        dtype = next(self.parameters()).dtype
         check_packed(features, offsets, self.in_dim)
-        features = features.to(dtype)
-        ids = bag_ids(offsets, features.shape[0])
+        scales = [PackedBags(features, offsets)]
         if self.num_scales == 2 and coarse is not None:
             check_packed(coarse.features, coarse.offsets, self.in_dim)
             if len(coarse.offsets) != len(offsets):
                 raise InputError(
                     f"{len(offsets) - 1} bags but {len(coarse.offsets) - 1} at the coarse scale"
                 )
-            coarse = PackedBags(coarse.features.to(dtype), coarse.offsets)
-            output = self.aggregate_scales(features, offsets, ids, coarse)
-        else:
-            output = self.aggregate(features, offsets, ids)
+            scales.append(coarse)
+        limit = self.cpu_instances if features.device.type == "cpu" else features.shape[0]
+        groups = group_bags(offsets.tolist(), limit)
+        output = join_outputs([self._aggregate_group(scales, *group) for group in groups])
         output.task_logits = output.logits.split(self.task_classes, dim=1)
         output.logits = output.task_logits[0]
         return output
+
+    def _aggregate_group(self, scales: list[PackedBags], first: int, last: int) -> MILOutput:
+        """Aggregate the bags `first` to `last` (not included) alone."""
+        dtype, parts = next(self.parameters()).dtype, []
+        for packed in scales:
+            offsets = packed.offsets[first : last + 1]
+            start, stop = int(offsets[0]), int(offsets[-1])
+            parts.append(PackedBags(packed.features[start:stop].to(dtype), offsets - start))
+        features, offsets = parts[0]
+        ids = bag_ids(offsets, features.shape[0])
+        if len(parts) == 2:
+            return self.aggregate_scales(features, offsets, ids, parts[1])
+        return self.aggregate(features, offsets, ids)
 
     @abstractmethod
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """The aggregator's maths on a checked batch; `ids` (T,) names each instance's bag.
 
-        The logits are those of all tasks side by side, (B, num_logits).
+        The logits are those of all tasks side by side, (B, num_logits). The first axis of every
+        tensor in `aux` is bags, instances or parts of bags, in the order of the bags, so that
+        groups of bags can be joined end to end; no tensor holds positions within the batch.
         """
 
     def aggregate_scales(
@@ -180,6 +196,32 @@ def task_cross_entropy(
         for task, logits in enumerate(task_logits)
     ]
     return terms[0] if len(terms) == 1 else torch.stack(terms).mean()
+
+
+def group_bags(bounds: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Runs of bags (first, one past the last) of at most `limit` instances; a larger bag is alone.
+
+    Args:
+        bounds: B + 1 offsets.
+        limit: instances.
+    """
+    groups, first = [], 0
+    for bag in range(1, len(bounds)):
+        if bag - first > 1 and bounds[bag] - bounds[first] > limit:
+            groups.append((first, bag - 1))
+            first = bag - 1
+    return [*groups, (first, len(bounds) - 1)]
+
+
+def join_outputs(outputs: Sequence[MILOutput]) -> MILOutput:
+    """The outputs of groups of bags as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return MILOutput(
+        torch.cat([output.logits for output in outputs]),
+        torch.cat([output.attention for output in outputs]),
+        {key: torch.cat([output.aux[key] for output in outputs]) for key in outputs[0].aux},
+    )
 
 
 def options_of(factory: Callable[..., Aggregator]) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
 """CLAM (Lu et al. 2021): gated attention pooling, with an instance clustering branch.
 
 Shapes: B bags, T instances of all bags together, H hidden width, C classes, K attention branches
-(1 in CLAM-SB, C in CLAM-MB), k instances picked.
+(1 in CLAM-SB, C in CLAM-MB), E the two ends of a bag, P instances of an end.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,18 +29,26 @@ def smooth_top1_svm(logits: Tensor, targets: Tensor) -> Tensor:
 INSTANCE_LOSSES = {"ce": partial(F.cross_entropy, reduction="none"), "svm": smooth_top1_svm}
 
 
-class Picks(NamedTuple):
-    """Instances shown to one class's instance branch.
+def pick_ends(scores_tk: Tensor, offsets: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """The most and the least attended instances of each bag and attention branch.
 
-    Attributes:
-        rows: (P,) int64, into the T instances.
-        targets: (P,) int64, 1 positive and 0 negative.
-        shares: (P,) float, each instance's share of its bag's mean.
+    Args:
+        scores_tk: (T, K) attention scores.
+        offsets: (B + 1,) int64.
+        limit: instances of an end; fewer in a bag too small for two ends without overlap.
+
+    Returns:
+        Rows into T (B, K, 2, limit) int64, the highest end first, filled up with the bag's first
+        instance; and how many of an end count (B,) int64.
     """
-
-    rows: list[Tensor]
-    targets: list[int]
-    shares: list[float]
+    ends, counts = [], []
+    for start, stop in pairwise(offsets.tolist()):
+        k = min(limit, (stop - start) // 2)
+        scores_kn = scores_tk[start:stop].T
+        both = [scores_kn.topk(k, largest=largest).indices for largest in (True, False)]
+        ends.append(F.pad(torch.stack(both, dim=1), (0, limit - k)) + start)
+        counts.append(k)
+    return torch.stack(ends), torch.tensor(counts, device=offsets.device)
 
 
 class CLAM(Aggregator):
@@ -101,7 +109,8 @@ class CLAM(Aggregator):
         pooled_bkh, attention_tk = attention_pool(hidden_th, scores_tk, offsets, ids)
         logits_bc = (pooled_bkh * self.classifier.weight).sum(dim=2) + self.classifier.bias
         attention_tk = attention_tk.detach()
-        aux = {"hidden": hidden_th, "offsets": offsets, "scores": scores_tk.detach()}
+        rows_bkep, counts = pick_ends(scores_tk.detach(), offsets, self.num_picked)
+        aux = {"picked": hidden_th[rows_bkep], "num_picked": counts}
         branch = logits_bc.argmax(dim=1) * (attention_tk.shape[1] > 1)
         attention_t = attention_tk.gather(1, branch[ids][:, None])[:, 0]
         return MILOutput(logits_bc, attention_t, aux)
@@ -111,40 +120,28 @@ class CLAM(Aggregator):
     ) -> dict[str, Tensor]:
         """Bag cross-entropy and the instance term, weighted `bag_weight` to `1 - bag_weight`."""
         bag = task_cross_entropy(output.task_logits, labels, class_weight)
-        instance = self._instance_term(output.aux, labels.flatten().tolist())
+        instance = self._instance_term(output.aux, labels.flatten())
         return {"bag": self.bag_weight * bag, "instance": (1.0 - self.bag_weight) * instance}
 
-    def _instance_term(self, aux: dict[str, Tensor], labels: list[int]) -> Tensor:
+    def _instance_term(self, aux: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Mean over the labelled bags of their instance losses."""
-        hidden_th = aux["hidden"]
-        total, known = hidden_th.new_zeros(()), sum(label >= 0 for label in labels)
-        for branch, picks in enumerate(self._picks(aux["scores"], aux["offsets"], labels)):
-            if not picks.rows:
-                continue
-            targets = torch.tensor(picks.targets, device=hidden_th.device)
-            shares = torch.tensor(picks.shares, device=hidden_th.device)
-            logits = self.instance_classifiers[branch](hidden_th[torch.cat(picks.rows)])
-            total = total + (shares * self.instance_loss(logits.float(), targets)).sum()
-        return total / max(known, 1) / (self.num_classes if self.subtyping else 1)
-
-    def _picks(self, scores_tk: Tensor, offsets: Tensor, labels: list[int]) -> list[Picks]:
-        """What each class's branch is shown: its own bags' two ends, and others' top if asked."""
-        picks = [Picks([], [], []) for _ in range(self.num_classes)]
-        for label, (start, stop) in zip(labels, pairwise(offsets.tolist()), strict=True):
-            k = min(self.num_picked, (stop - start) // 2)
-            if label < 0 or k == 0:
-                continue
-            for branch in range(self.num_classes) if self.subtyping else (label,):
-                column = branch if scores_tk.shape[1] > 1 else 0
-                scores_n = scores_tk[start:stop, column]
-                ends = [scores_n.topk(k).indices + start]
-                if branch == label:
-                    ends.append(scores_n.topk(k, largest=False).indices + start)
-                picks[branch].rows.extend(ends)
-                picks[branch].targets.extend([int(branch == label)] * k)
-                picks[branch].targets.extend([0] * k * (len(ends) - 1))
-                picks[branch].shares.extend([1.0 / (k * len(ends))] * (k * len(ends)))
-        return picks
+        picked_bkeph, counts = aux["picked"], aux["num_picked"]
+        place = torch.arange(self.num_picked, device=counts.device)
+        shares_bp = (place < counts[:, None]) / counts.clamp(min=1)[:, None]
+        total = picked_bkeph.new_zeros(())
+        for branch, classifier in enumerate(self.instance_classifiers):
+            column = branch if picked_bkeph.shape[1] > 1 else 0
+            own = labels == branch
+            parts = [(own, 0, 1, 0.5), (own, 1, 0, 0.5)]
+            if self.subtyping:
+                parts.append(((labels >= 0) & ~own, 0, 0, 1.0))
+            for bags, end, target, weight in parts:
+                logits = classifier(picked_bkeph[bags, column, end].flatten(0, 1)).float()
+                targets = torch.full((len(logits),), target, device=logits.device)
+                losses = self.instance_loss(logits, targets)
+                total = total + weight * (shares_bp[bags].flatten() * losses).sum()
+        known = (labels >= 0).sum().clamp(min=1)
+        return total / known / (self.num_classes if self.subtyping else 1)
 
 
 class CLAMMB(CLAM):

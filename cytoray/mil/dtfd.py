@@ -106,7 +106,7 @@ class DTFD(Aggregator):
         shared_rh = share_r.to(distilled_rh.dtype)[:, None] * distilled_rh
         bag_bh = segment_sum(shared_rh, bag_of_distilled, num_bags)
         share_p = share_r.new_zeros(num_pseudo).index_add(0, pseudo_r, share_r)
-        aux = {"pseudo_logits": pseudo_logits, "bag_of_pseudo": bag_of_pseudo}
+        aux = {"pseudo_logits": pseudo_logits, "num_pseudo": torch.bincount(bag_of_pseudo)}
         attention = (attention_t * share_p[pseudo_t]).detach()
         return MILOutput(self.classifier(self.dropout(bag_bh)), attention, aux)
 
@@ -149,7 +149,7 @@ class DTFD(Aggregator):
         self, output: MILOutput, labels: Tensor, class_weight: ClassWeight = None
     ) -> dict[str, Tensor]:
         """Cross-entropy of the bag (tier 2) and of every pseudo-bag under its bag's label."""
-        pseudo_labels = labels[output.aux["bag_of_pseudo"]]
+        pseudo_labels = labels.flatten().repeat_interleave(output.aux["num_pseudo"])
         pseudo_logits = (output.aux["pseudo_logits"],)
         return {
             "bag": task_cross_entropy(output.task_logits, labels, class_weight),

@@ -147,7 +147,7 @@ class LESS(Aggregator):
         dropout: of the self-attention blocks.
     """
 
-    num_scales = 2
+    num_scales: ClassVar = 2
     optimizer_defaults: ClassVar = {"lr": 1e-6, "weight_decay": 0.1, "max_instances": 100}
 
     def __init__(

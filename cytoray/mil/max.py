@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import segment_max, segment_sum
+from cytoray.mil.packing import split_bags
 
 
 class MaxPool(Aggregator):
@@ -30,8 +31,10 @@ class MaxPool(Aggregator):
 
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""
-        num_bags = offsets.shape[0] - 1
-        pooled_bd = segment_max(features, ids, num_bags)
-        holds_td = (features.detach() == pooled_bd.detach()[ids]).float()
-        attention = (holds_td / segment_sum(holds_td, ids, num_bags)[ids]).mean(dim=1)
-        return MILOutput(self.classifier(self.dropout(pooled_bd)), attention)
+        pooled, attention = [], []
+        for bag_nd in split_bags(features, offsets):
+            pooled.append(bag_nd.amax(dim=0))
+            holds_nd = (bag_nd.detach() == pooled[-1].detach()).float()
+            attention.append(holds_nd @ (1.0 / holds_nd.sum(dim=0)) / self.in_dim)
+        logits = self.classifier(self.dropout(torch.stack(pooled)))
+        return MILOutput(logits, torch.cat(attention))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import segment_mean
+from cytoray.mil.packing import weighted_sums
 
 
 class MeanPool(Aggregator):
@@ -28,6 +28,6 @@ class MeanPool(Aggregator):
 
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""
-        pooled_bd = segment_mean(features, offsets, ids)
         attention = (1.0 / offsets.diff().float())[ids]
+        pooled_bd = weighted_sums(attention[:, None], features, offsets)[:, 0]
         return MILOutput(self.classifier(self.dropout(pooled_bd)), attention)

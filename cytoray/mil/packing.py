@@ -99,12 +99,6 @@ def segment_sum(values_td: Tensor, ids: Tensor, num_bags: int) -> Tensor:
     return zeros.index_add(0, ids, values_td)
 
 
-def segment_mean(values_td: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """Mean over the instances of each bag: (T, D) to (B, D)."""
-    lengths = offsets.diff().to(values_td.dtype)
-    return segment_sum(values_td, ids, lengths.shape[0]) / lengths[:, None]
-
-
 def segment_max(values: Tensor, ids: Tensor, num_bags: int) -> Tensor:
     """Maximum over the instances of each bag: (T, ...) to (B, ...).
 

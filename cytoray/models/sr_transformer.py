@@ -217,11 +217,11 @@ def use_sr(
             dropout, one that has SR-attention already, or `top_h` below 1.
     """
     config = SRConfig(sparse=sparse, irpe=irpe, top_h=top_h, per_head=per_head)
+    if not config.is_on:
+        return vit
     raise_problems(
         f"the SR-Transformer cannot be used with {type(vit).__name__}", _obstacles(vit, irpe)
     )
-    if not config.is_on:
-        return vit
     model = cast(Any, vit)
     grids = PatchGrids(model.num_prefix_tokens)
     for block in model.blocks:

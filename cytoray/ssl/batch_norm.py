@@ -82,14 +82,15 @@ def projection_mlp(widths: list[int], *, norm: bool = True, last_norm: bool = Fa
 
     Args:
         widths: of the input, the hidden layers and the output.
-        norm: normalise the hidden layers.
+        norm: normalise the hidden layers. Then no layer has a bias: batch norm here or, behind the
+            last layer, in the predictor would take it out again.
         last_norm: normalise the output, without learnt scale and shift.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     last = len(widths) - 2
     for index, (width_in, width_out) in enumerate(pairwise(widths)):
         normed = last_norm if index == last else norm
-        parts[f"linear{index}"] = nn.Linear(width_in, width_out, bias=not normed)
+        parts[f"linear{index}"] = nn.Linear(width_in, width_out, bias=not norm)
         if normed:
             parts[f"norm{index}"] = GlobalBatchNorm(width_out, affine=index != last)
         if index != last:

@@ -63,7 +63,7 @@ def two_view_problems(config: PretrainConfig) -> list[str]:
             "two_views.temperature must be above 0",
         ),
         (
-            min(chosen.hidden_dim or 1, chosen.out_dim or 1) >= 1,
+            all(size is None or size >= 1 for size in (chosen.hidden_dim, chosen.out_dim)),
             "two_views.hidden_dim and out_dim must be at least 1",
         ),
         (chosen.queue_size >= 0, "two_views.queue_size must not be negative"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cytoray.errors import SlideError
+from cytoray.errors import SlideError, raise_problems
 from cytoray.nuclei import build_detector, read_nuclei
 from cytoray.perturb import NUM_VIEW_PARAMS, CropPolicy, nuclei_centred_views, tile_rng
 from cytoray.slides import ChunkPixels, chunk_id, mask_indices, tile_id
@@ -41,6 +41,18 @@ class PerturbConfig:
     enabled: bool = True
     radius_um: float = 12.5
     retain_fraction: tuple[float, float] = (0.5, 1.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.retain_fraction
+        problems = []
+        if not self.radius_um > 0:
+            problems.append(f"perturb.radius_um must be above 0, not {self.radius_um:g}")
+        if not 0 <= low <= high <= 1:
+            problems.append(
+                f"perturb.retain_fraction must be two numbers, 0 <= low <= high <= 1, not "
+                f"{low:g} {high:g}"
+            )
+        raise_problems("the perturbation cannot be done:", problems)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def test_every_problem_is_reported_at_once():
         )
     text = str(caught.value)
     for words in (
-        "method 'dinov9' is none of dino, dinov2, ibot",
+        "method 'dinov9' is none of byol, dino, dinov2, ibot, moco, simclr",
         "did you mean vit_tiny_patch16_224",
         "drop_path must be in [0, 1), is 1.5",
         "make no pair",
