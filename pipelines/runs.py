@@ -10,7 +10,16 @@ from typing import Any
 
 import tyro
 
-from cytoray.training import CropConfig, HeadConfig, LossConfig, OptimConfig, PretrainConfig
+from cytoray.models.sr_transformer import SRConfig
+from cytoray.streaming.tiles import PerturbConfig
+from cytoray.training import (
+    BackboneConfig,
+    CropConfig,
+    HeadConfig,
+    LossConfig,
+    OptimConfig,
+    PretrainConfig,
+)
 from pipelines.pretrain import Config as Pretrain
 
 SMOKE = Pretrain(
@@ -39,4 +48,78 @@ SMOKE = Pretrain(
 a fast teacher, so that a hundred steps from random weights already teach it something; it shows
 that the chain works and is no foundation model."""
 
-NAMED: dict[str, dict[str, Any]] = {"pretrain": {"smoke": SMOKE}}
+CYTOFM = Pretrain(
+    index=tyro.MISSING,
+    out=tyro.MISSING,
+    ssl=PretrainConfig(
+        method="ibot",
+        backbone=BackboneConfig(name="vit_base_patch16_224", drop_path=0.1),
+        crops=CropConfig(num_local=10),
+        head=HeadConfig(out_dim=8192),
+        loss=LossConfig(mask_ratio_min=0.1, mask_ratio_max=0.5),
+        optim=OptimConfig(
+            lr=2e-3,  # the published 5e-4 x batch / 256
+            warmup_steps=5000,
+            freeze_last_layer_steps=1000,
+            layer_decay=1.0,
+            patch_embed_lr_mult=1.0,
+            ema=0.996,
+        ),
+        batch_size=1024,
+        total_steps=100_000,
+    ),
+    perturb=PerturbConfig(enabled=False),
+)
+"""CytoFM (2025): iBOT, ViT-B/16, 2 x 224 and 10 x 96 px crops, shared head of 8192 prototypes,
+moving centre, weight decay 0.04 to 0.4. Batch and steps are iBOT's; the paper gives neither."""
+
+CYTOSSL = Pretrain(
+    index=tyro.MISSING,
+    out=tyro.MISSING,
+    ssl=PretrainConfig(
+        method="dino",
+        backbone=BackboneConfig(
+            name="vit_tiny_patch16_224", sr=SRConfig(sparse=True, irpe=True, top_h=16)
+        ),
+        optim=OptimConfig(
+            lr=1e-3,  # a peak of 5e-4 at this batch
+            warmup_steps=5000,
+            weight_decay=0.0,
+            weight_decay_end=0.0,
+            layer_decay=1.0,
+            patch_embed_lr_mult=1.0,
+            ema=0.996,
+        ),
+        batch_size=256,
+        total_steps=100_000,
+    ),
+    perturb=PerturbConfig(enabled=True, radius_um=12.5),
+)
+"""Cyto-SSL (AAAI 2026): DINO, ViT-tiny, Nuclei-Centred Perturbation with r = 50 px at 40x, and the
+SR-Transformer with h = 16; learning rate 5e-4, cosine. Trained there on 2.5 million 40x tiles:
+index with --magnification 40. Batch and steps are not given in the paper."""
+
+UNICAS = Pretrain(
+    index=tyro.MISSING,
+    out=tyro.MISSING,
+    ssl=PretrainConfig(
+        method="dinov2",
+        backbone=BackboneConfig(name="vit_large_patch16_224"),
+        optim=OptimConfig(
+            lr=3.4641e-4,  # a peak of 3e-4 at this batch
+            warmup_steps=10_000,
+        ),
+        batch_size=768,
+        total_steps=1_000_000,
+    ),
+    perturb=PerturbConfig(enabled=False),
+    workers=8,
+    checkpoint_every=5000,
+)
+"""UniCAS (2025): DINOv2, ViT-L/16, batch 768 on 8 A100, learning rate 3e-4, a million steps, on 80
+million tiles of 48,532 slides: index with --tile-px 256 --magnification 20. About 1,540 GFLOP a
+tile, so 768 million tiles are some 1.2e24 FLOP."""
+
+NAMED: dict[str, dict[str, Any]] = {
+    "pretrain": {"smoke": SMOKE, "cytofm": CYTOFM, "cytossl": CYTOSSL, "unicas": UNICAS}
+}

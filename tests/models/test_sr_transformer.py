@@ -276,14 +276,17 @@ def test_bad_settings():
     assert sr_config(use_sr(_vit(patch_drop_rate=0.5), irpe=False)) is not None
 
 
-@pytest.mark.slow
-def test_compiled_attention():
+@pytest.mark.parametrize(
+    ("backend", "sizes"),
+    [("aot_eager", (17, 7)), pytest.param("inductor", (17,), marks=pytest.mark.slow)],
+)
+def test_compiled_attention(backend, sizes):
     torch.manual_seed(0)
     config = SRConfig(sparse=True, irpe=True, top_h=4)
     attention = _fill_tables(SRAttention(Attention(32, 2), PatchGrids(1), config))
     attention.grids.note([(2, 3)])
-    compiled = torch.compile(copy.deepcopy(attention), fullgraph=True)
-    for tokens in (17, 7):
+    compiled = torch.compile(copy.deepcopy(attention), fullgraph=True, backend=backend)
+    for tokens in sizes:
         x = torch.randn(2, tokens, 32)
         expected, got = attention(x), compiled(x)
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)

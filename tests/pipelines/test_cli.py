@@ -147,6 +147,28 @@ def test_no_index(refused, tmp_path, job: str) -> None:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--aggregators", "mean", "abmill"], "unknown aggregator 'abmill'; valid: "),
+        (["--lora-ranks", "-1"], "lora_rank is -1; it must be 0 or more"),
+        (["--mil.options", "gated", "1"], "options.gated is not one of mean's"),
+        (["--val-fraction", "1.5"], "--val-fraction must be above 0 and below 1, not 1.5"),
+        (["--cpus-per-trial", "0"], "--cpus-per-trial must be above 0"),
+        (["--lora-epochs", "0"], "--lora-epochs must be 1 or more, not 0"),
+    ],
+)
+def test_grids_that_cannot_be(refused, tmp_path, flags: list[str], message: str) -> None:
+    said = refused(
+        "tune", "--index", tmp_path, "--bags", tmp_path, "--encoder", "e", "--out",
+        tmp_path / "o", *flags,
+    )  # fmt: skip
+    assert message in said
+    if "abmill" in flags:
+        assert "abmil," in said
+    assert not (tmp_path / "o").exists()
+
+
 def test_named_runs(refused, tmp_path) -> None:
     paths = ["--index", tmp_path, "--out", tmp_path / "o"]
     said = refused("pretrain", "smok", *paths)
