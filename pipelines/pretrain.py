@@ -127,6 +127,10 @@ def run(config: Config) -> dict[str, Any]:
     if config.dry_run:
         return _say(config, plan, ssl, share, use_gpu)
     folder = RunFolder.open(config.out, "pretrain", to_plain(config), config.resume, _MAY_CHANGE)
+    done = folder.read_summary() if folder.resumed else None
+    if done is not None:
+        summary_table("pretrain: this run is complete", done)
+        return done
     tracker = Tracker(config.tracking_uri or None, config.experiment)
     run_id = tracker.start_run(
         f"pretrain {ssl.method} {ssl.backbone.name}",

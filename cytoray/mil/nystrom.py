@@ -1,6 +1,13 @@
 """Nyström self-attention (Xiong et al. 2021) as TransMIL uses it, for one sequence at a time.
 
-Shapes: N tokens, M landmarks, H heads, E width of a head, D = H * E.
+TransMIL pads a sequence with zero tokens in front up to a multiple of the landmarks. Zero tokens
+have zero queries, keys and values, so that all landmarks made of them are one and the same: they
+are kept as a single landmark that counts `copies` times, and the zero tokens themselves as a term
+in the softmax's denominator. The result is that of the padded sequence; a bag of 100 pays for 100
+tokens and landmarks, not for 256.
+
+Shapes: N tokens, M landmarks, R of them with a token that is not padding, H heads, E width of a
+head, D = H * E.
 """
 
 from __future__ import annotations
@@ -12,34 +19,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def iterative_pinv(matrix: Tensor, iterations: int = 6, *, scale_over: str = "head") -> Tensor:
+def iterative_pinv(
+    matrix: Tensor, iterations: int = 6, *, scale_over: str = "head", copies: int = 1
+) -> Tensor:
     """Moore-Penrose pseudo-inverse of (H, M, M) by the third-order iteration of the paper.
 
     Args:
-        matrix: (H, M, M), rows summing to 1.
+        matrix: (H, M, M), not negative.
         iterations: number of iterations.
         scale_over: `head` scales the first guess of each head by its own norms; `all` by the
             largest over the heads, as the published code does.
+        copies: the last row and column stand for so many equal ones, and are scaled by its root
+            (the corner by `copies`); the result is scaled alike. Products of such matrices are
+            products of the full ones, so that the iteration is the full one's.
     """
-    absolute = matrix.abs()
-    row_norm = absolute.sum(dim=-1).amax(dim=-1)
-    column_norm = absolute.sum(dim=-2).amax(dim=-1)
+    root = torch.ones(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype)
+    root[-1] = math.sqrt(copies)
+    row_norm = (matrix @ root / root).amax(dim=-1)
+    column_norm = (root @ matrix / root).amax(dim=-1)
     if scale_over == "all":
         row_norm, column_norm = row_norm.amax(), column_norm.amax()
     inverse = matrix.mT / (row_norm * column_norm).reshape(-1, 1, 1)
-    eye = torch.eye(matrix.shape[-1], device=matrix.device, dtype=matrix.dtype)
     for _ in range(iterations):
         product = matrix @ inverse
-        inner = 15 * eye - product @ (7 * eye - product)
-        inverse = 0.25 * inverse @ (13 * eye - product @ inner)
+        inner = torch.baddbmm(product, product, product, beta=7, alpha=-1)
+        inner = torch.baddbmm(product, product, inner, beta=15, alpha=-1)
+        inverse = torch.baddbmm(inverse, inverse, inner, beta=13 / 4, alpha=-1 / 4)
     return inverse
+
+
+def shared_softmax(scores: Tensor, zeros: int) -> Tensor:
+    """Softmax over the last axis and `zeros` further scores of 0, whose sum is the last column.
+
+    With no such score there is no such column.
+    """
+    if zeros == 0:
+        return scores.softmax(dim=-1)
+    return F.pad(scores, (0, 1), value=math.log(zeros)).softmax(dim=-1)
 
 
 class NystromAttention(nn.Module):
     """Self-attention of N tokens through M landmarks, linear in N.
 
-    The sequence is padded with zero tokens in front up to a multiple of M; landmarks are the
-    means of consecutive tokens; a depth-wise convolution of the values is added.
+    As if the sequence were padded with zero tokens in front up to a multiple of M; landmarks are
+    the means of consecutive tokens; a depth-wise convolution of the values is added.
 
     Args:
         dim: D.
@@ -85,24 +108,47 @@ class NystromAttention(nn.Module):
             The row may hold small negative values, as the approximation does.
         """
         num_tokens = tokens_nd.shape[0]
-        padding = -num_tokens % self.num_landmarks
-        padded_nd = F.pad(tokens_nd, (0, 0, padding, 0))
         q, k, v = (
             part.unflatten(-1, (self.heads, self.head_dim)).transpose(0, 1)
-            for part in self.to_qkv(padded_nd).chunk(3, dim=-1)
+            for part in self.to_qkv(tokens_nd).chunk(3, dim=-1)
         )
         q = q / math.sqrt(self.head_dim)
-        group = padded_nd.shape[0] // self.num_landmarks
-        q_land = q.unflatten(1, (self.num_landmarks, group)).mean(dim=2)
-        k_land = k.unflatten(1, (self.num_landmarks, group)).mean(dim=2)
-        to_landmarks = (q @ k_land.mT).softmax(dim=-1)
-        between = (q_land @ k_land.mT).softmax(dim=-1)
-        from_landmarks = (q_land @ k.mT).softmax(dim=-1)
-        inverse = iterative_pinv(between, self.pinv_iterations, scale_over=self.scale_over)
-        mixing = to_landmarks @ inverse
-        out = mixing @ (from_landmarks @ v) + self.values_conv(v[None])[0]
-        out_nd = self.dropout(self.to_out(out.transpose(0, 1).flatten(1)))[padding:]
+        padding = -num_tokens % self.num_landmarks
+        group = (num_tokens + padding) // self.num_landmarks
+        copies = padding // group
+        q_land, k_land = (_landmarks(part, group) for part in (q, k))
+        to_landmarks = _scaled_last(shared_softmax(q @ k_land.mT, copies), copies)
+        between = _scaled_last(shared_softmax(q_land @ k_land.mT, copies), copies)
+        from_landmarks = shared_softmax(q_land @ k.mT, padding)[..., :num_tokens]
+        if copies:
+            root = math.sqrt(copies)
+            uniform = between.new_full((self.heads, 1, between.shape[-1]), root)
+            uniform[..., -1] = copies
+            between = torch.cat([between, uniform / self.num_landmarks], dim=1)
+            keys = from_landmarks.new_full((self.heads, 1, num_tokens), root)
+            from_landmarks = torch.cat([from_landmarks, keys / (num_tokens + padding)], dim=1)
+        inverse = iterative_pinv(
+            between, self.pinv_iterations, scale_over=self.scale_over, copies=max(copies, 1)
+        )
+        out = to_landmarks @ (inverse @ (from_landmarks @ v)) + self.values_conv(v[None])[0]
+        out_nd = self.dropout(self.to_out(out.transpose(0, 1).flatten(1)))
         if attention_of is None:
             return out_nd, None
-        row = (mixing[:, padding + attention_of, None] @ from_landmarks)[:, 0].mean(dim=0)
-        return out_nd, row[padding:].detach()
+        asked = to_landmarks[:, attention_of, None].detach()
+        row = (asked @ inverse.detach() @ from_landmarks.detach())[:, 0].mean(dim=0)
+        return out_nd, row
+
+
+def _landmarks(tokens_hne: Tensor, group: int) -> Tensor:
+    """Means of consecutive groups (H, R, E), the first filled up with zeros in front."""
+    filled = F.pad(tokens_hne, (0, 0, -tokens_hne.shape[1] % group, 0))
+    return filled.unflatten(1, (-1, group)).mean(dim=2)
+
+
+def _scaled_last(shares: Tensor, copies: int) -> Tensor:
+    """Turn the summed share of `copies` equal landmarks into the root-scaled one of each."""
+    if copies == 0:
+        return shares
+    scale = shares.new_ones(shares.shape[-1])
+    scale[-1] = 1.0 / math.sqrt(copies)
+    return shares * scale

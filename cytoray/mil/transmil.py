@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cytoray.errors import InputError
@@ -29,8 +30,15 @@ class PPEG(nn.Module):
     def forward(self, tokens_nd: Tensor, side: int, num_special: int = 1) -> Tensor:
         """Tokens (num_special + S*S, D), class or task tokens first, to the same shape."""
         square = tokens_nd[num_special:].T.reshape(1, -1, side, side)
-        encoded = square + sum(convolution(square) for convolution in self.convolutions)
+        encoded = F.conv2d(square, *self.merged(), padding=3, groups=square.shape[1])
         return torch.cat([tokens_nd[:num_special], encoded[0].flatten(1).T])
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """The three convolutions and the identity as one: weight (D, 1, 7, 7), bias (D,)."""
+        parts = [F.pad(c.weight, [3 - c.padding[0]] * 4) for c in self.convolutions]
+        identity = F.pad(torch.ones_like(parts[0][..., :1, :1]), [3] * 4)
+        bias = torch.stack([c.bias for c in self.convolutions]).sum(dim=0)
+        return torch.stack([*parts, identity]).sum(dim=0), bias
 
 
 class TransMIL(Aggregator):

@@ -95,3 +95,17 @@ def test_as_many_landmarks_as_tokens_is_plain_attention():
 def test_heads_must_divide_the_width():
     with pytest.raises(InputError, match="multiple of heads"):
         TransMIL(24, 2, hidden_dim=30, heads=4)
+
+
+@pytest.mark.parametrize("size", [2, 15, 16, 17, 31, 33, 250])
+def test_padding_kept_in_mind_equals_padding_laid_out(size):
+    """Every split of padding: none, less than a landmark, many landmarks, a mixed one."""
+    layer, x = NystromAttention(32, heads=4, num_landmarks=16, dropout=0.0), torch.randn(size, 32)
+    layer, x = layer.double(), x.double().requires_grad_()
+    out, row = layer(x, attention_of=1)
+    expected = plain_nystrom(layer, x, "head")
+    assert torch.allclose(out, expected, atol=1e-9)
+    weights = torch.randn_like(out)
+    mine, theirs = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (out, expected))
+    assert torch.allclose(mine, theirs, atol=1e-8)
+    assert row.shape == (size,)
