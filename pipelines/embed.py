@@ -72,13 +72,15 @@ def run(config: Config) -> dict[str, Any]:
     )
     bags = folder.path / "bags"
     with Progress(f"embed {plan.slides.num_rows:,} slides") as progress:
-        written, quarantine = embed_slides(
+        done = embed_slides(
             plan, choice, bags, progress=progress, use_gpu=use_gpu, num_encoders=config.encoders
         )
-    table = merge_quarantine(quarantine, folder.path / "quarantine.parquet", stage="embed")
+    table = merge_quarantine(
+        done.quarantine, folder.path / "quarantine.parquet", redone=done.tried, stage="embed"
+    )
     summary = {
         "num_slides": plan.slides.num_rows,
-        "num_written": written,
+        "num_written": done.num_written,
         "num_quarantined": table.num_rows,
         "num_tiles": plan.num_tiles,
         "encoder_id": encoder.encoder_id,

@@ -35,7 +35,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
 from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import read_slide_table
+from cytoray.slides import SLIDE_SCHEMA, read_slide_table
 from cytoray.streaming.plan import ReadPlan
 from cytoray.tracking import Tracker
 from pipelines.embed import index_plan
@@ -166,11 +166,8 @@ def read_cohort(config: Config, store: BagStore) -> Cohort:
         InputError: no such label column, fewer than two classes, a split that leaks a patient.
     """
     slides = read_slide_table(config.index / "slides.parquet")
-    if config.label not in slides.column_names:
-        raise InputError(
-            f"the index has no label column {config.label!r}; columns of the manifest: "
-            f"{', '.join(slides.column_names)}"
-        )
+    labels_there = [name for name in slides.column_names if name not in SLIDE_SCHEMA.names]
+    choose("label column", config.label, labels_there)
     rows = [
         row
         for row in slides.to_pylist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,21 @@ class EmbedChunks:
         return features.float().cpu().numpy().astype(np.float16)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """What one call of `embed_slides` did.
+
+    Attributes:
+        tried: slides without a bag before it.
+        num_written: bags it wrote.
+        quarantine: rows of tiles and slides it could not read.
+    """
+
+    tried: list[str]
+    num_written: int = 0
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
+
+
 def embed_slides(
     plan: ReadPlan,
     choice: EncoderChoice,
@@ -95,7 +110,7 @@ def embed_slides(
     progress: Progress,
     use_gpu: bool,
     num_encoders: int,
-) -> tuple[int, list[dict[str, Any]]]:
+) -> Embedded:
     """Write a bag for every slide of the plan; a slide that has one of this encoder is passed over.
 
     Args:
@@ -105,9 +120,6 @@ def embed_slides(
         progress: shown while it runs.
         use_gpu: one GPU for each encoder actor.
         num_encoders: encoder actors.
-
-    Returns:
-        bags written now, and quarantine rows of tiles and slides that could not be read.
     """
     encoder = choice.load()
     encoder_id = encoder.encoder_id
@@ -115,7 +127,7 @@ def embed_slides(
     total = plan.slides.num_rows
     progress.update("slides", total - len(wanted), total, "slides")
     if not wanted:
-        return 0, []
+        return Embedded(tried=[])
     writer = _BagWriter(plan, bags, encoder_id, choice.source)
     chunks = np.concatenate(
         [np.arange(plan.first_chunk[s], plan.first_chunk[s + 1]) for s in wanted]
@@ -129,7 +141,12 @@ def embed_slides(
         progress.update("slides", done, total, "slides")
     done += writer.finish()
     progress.update("slides", done, total, "slides")
-    return writer.written, writer.quarantine
+    ids = plan.slides.column("slide_id").to_pylist()
+    return Embedded(
+        tried=[ids[slide] for slide in wanted],
+        num_written=writer.written,
+        quarantine=writer.quarantine,
+    )
 
 
 def _tiles(plan: ReadPlan, chunks: np.ndarray) -> int:
@@ -229,11 +246,11 @@ class _BagWriter:
             for name in ("slide_id", "path", "mpp_x")
         }
         good = columns["error"] == ""
+        if not good.any():
+            self._refuse(row, "", f"not one tile could be read, no bag: {columns['error'][0]}")
+            return 0
         for i in np.flatnonzero(~good):
             self._refuse(row, str(columns["tile_id"][i]), str(columns["error"][i]))
-        if not good.any():
-            self._refuse(row, "", "not one tile could be read, no bag was written")
-            return 0
         meta = BagMeta(
             slide_id=row["slide_id"],
             tile_px=self.plan.tile_px,

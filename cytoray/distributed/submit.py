@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cytoray.errors import InputError
 
 _FINISHED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+_READY_WITHIN_S = 60.0
 _EXCLUDES = [
     ".git", ".venv", "**/__pycache__", ".pytest_cache", ".ruff_cache", "quickstart", "runs",
     "*.svs", "*.tif", "*.tiff", "*.ndpi", "*.mrxs", "mlruns", "mlflow.db",
@@ -29,6 +32,7 @@ def client_for(address: str) -> JobSubmissionClient:
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except Exception as error:  # the client raises ConnectionError, RuntimeError and its own
@@ -70,7 +74,8 @@ def submit(
     client = client_for(address)
     entrypoint = subprocess.list2cmdline([python or sys.executable, "-m", "pipelines.cli", *argv])
     try:
-        job = client.submit_job(
+        job = _submit_when_ready(
+            client,
             entrypoint=entrypoint,
             submission_id=submission_id,
             runtime_env={
@@ -86,6 +91,18 @@ def submit(
         ) from None
     print(f"submitted as {job}; stop it with: ray job stop --address {address} {job}", flush=True)
     return follow(client, job) if wait else 0
+
+
+def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit; a head that was started a moment ago answers before it can take a job."""
+    end = time.monotonic() + _READY_WITHIN_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(1.0)
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +58,7 @@ class OwnProcess:
 
     def __init__(self, command: list[str], *, cpus: int = 4) -> None:
         self.folder = tempfile.mkdtemp(prefix="cr")  # short: names of Unix sockets
+        self.also_remove: list[str] = []
         self.log = Path(self.folder) / "log.txt"
         environment = os.environ | {"RAY_TMPDIR": self.folder, "CYTORAY_NUM_CPUS": str(cpus)}
         with self.log.open("wb") as log:
@@ -99,16 +103,14 @@ class OwnProcess:
 
     def stop(self) -> None:
         """End everything that was started, and remove its folder."""
-        for send in ("terminate", "kill"):
-            left = self.others()
+        while left := self.others():
             for process in left:
-                try:
-                    getattr(process, send)()
-                except psutil.NoSuchProcess:
-                    continue
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             psutil.wait_procs(left, timeout=5)
         self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, *self.also_remove):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -133,3 +135,49 @@ def start_cytoray(start_process: Callable[..., OwnProcess]) -> Callable[..., Own
         return start_process([sys.executable, "-m", "pipelines.cli", *argv])
 
     return start
+
+
+class Head:
+    """`ray start --head` with a job server, on free ports.
+
+    Attributes:
+        address: for `--address` of a job.
+        server: for `--address` of `submit`.
+    """
+
+    def __init__(self, start: Callable[..., OwnProcess], *, cpus: int = 4) -> None:
+        port, dashboard, client, agent = _free_ports(4)
+        self.address = f"127.0.0.1:{port}"
+        self.server = f"http://127.0.0.1:{dashboard}"
+        temporary = tempfile.mkdtemp(prefix="cr")
+        ray = Path(sys.executable).with_name("ray")
+        self.process = start(
+            [ray, "start", "--head", "--block", f"--port={port}", "--dashboard-host=127.0.0.1",
+             f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+             f"--ray-client-server-port={client}", f"--num-cpus={cpus}",
+             "--object-store-memory=200000000", f"--temp-dir={temporary}", "--disable-usage-stats"]
+        )  # fmt: skip
+        self.process.also_remove.append(temporary)
+        self.process.wait_for(self.is_up)
+
+    def is_up(self) -> bool:
+        """Whether the job server answers."""
+        try:
+            with urllib.request.urlopen(f"{self.server}/api/version", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
+@pytest.fixture
+def head(start_process: Callable[..., OwnProcess]) -> Head:
+    """A running head of four logical CPUs."""
+    return Head(start_process)
