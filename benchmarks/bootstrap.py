@@ -3,13 +3,15 @@
     python -m benchmarks.bootstrap [--bags 10000] [--draws 1000]
 
 Both loops resample patients draw by draw, one with scikit-learn's `roc_auc_score`, one with the
-rank formula. They run on a part of the draws and are scaled up. The last line is JSON.
+rank formula. They run on a part of the draws and are scaled up; rounds are interleaved, and the
+medians compared. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 
@@ -44,41 +46,40 @@ def plain_loop(
     return np.array(values)
 
 
-def timed(function: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
-    """Best of `repeats` in seconds, and the result."""
-    best, result = float("inf"), np.empty(0)
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        best = min(best, time.perf_counter() - start)
-    return best, result
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--bags", type=int, default=10_000)
     parser.add_argument("--draws", type=int, default=1_000)
+    parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, arguments.bags)
     scores = rng.normal(size=arguments.bags) + labels
     groups = np.unique(rng.integers(0, arguments.bags // 2, arguments.bags), return_inverse=True)[1]
     part = max(1, arguments.draws // 20)
-    seconds, values = timed(
-        lambda: bootstrap_draws(labels, scores, groups, "auc", arguments.draws), repeats=5
-    )
-    figures: dict[str, float] = {"vectorised_s": seconds}
+    data = (labels, scores, groups)
+    runs = {
+        "vectorised": lambda: bootstrap_draws(*data, "auc", arguments.draws),
+        "sklearn_loop": lambda: plain_loop(*data, roc_auc_score, part),
+        "rank_loop": lambda: plain_loop(*data, rank_auc, part),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    values = {}
+    for _ in range(arguments.rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            values[name] = run()
+            spent = time.perf_counter() - start
+            seconds[name].append(spent if name == "vectorised" else spent * arguments.draws / part)
+    median = {name: statistics.median(spent) for name, spent in seconds.items()}
     print(f"{arguments.bags} bags, {groups.max() + 1} patients, {arguments.draws} draws")
-    print(f"  all draws at once   {seconds:8.3f} s")
-    for name, metric in (("sklearn_loop", roc_auc_score), ("rank_loop", rank_auc)):
-        spent, plain = timed(
-            lambda metric=metric: plain_loop(labels, scores, groups, metric, part), repeats=2
-        )
-        spent *= arguments.draws / part
-        gap = float(np.abs(values[:part] - plain).max())
-        figures |= {f"{name}_s": spent, f"{name}_ratio": spent / seconds, f"{name}_gap": gap}
-        print(f"  {name:<19} {spent:8.3f} s  {spent / seconds:6.1f}x  largest gap {gap:.1e}")
+    figures = {"vectorised_s": median["vectorised"]}
+    for name in ("sklearn_loop", "rank_loop"):
+        gap = float(np.abs(values["vectorised"][:part] - values[name]).max())
+        ratio = median[name] / median["vectorised"]
+        figures |= {f"{name}_s": median[name], f"{name}_ratio": ratio, f"{name}_gap": gap}
+        print(f"  {name:<13} {median[name]:8.3f} s  {ratio:6.1f}x  largest gap {gap:.1e}")
     print(json.dumps({key: round(v, 4) if v > 1e-6 else v for key, v in figures.items()}))
 
 

@@ -7,15 +7,16 @@ Shapes: N bags, G patients, K draws of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from cytoray.errors import InputError, choose
 from cytoray.evaluation.metrics import METRICS, Metric
+from cytoray.evaluation.weights import Weights
 
-CHUNK_DRAWS = 100
+CHUNK_VALUES = 5_000_000
 
 
 class Interval(NamedTuple):
@@ -38,12 +39,13 @@ def draw_counts(num_groups: int, n: int, seed: int) -> Iterator[np.ndarray]:
         (K, G) int64, rows summing to G: how often each patient was drawn.
     """
     rng = np.random.default_rng(seed)
-    for start in range(0, n, CHUNK_DRAWS):
-        draws = min(CHUNK_DRAWS, n - start)
-        picked = rng.integers(0, num_groups, (draws, num_groups))
-        picked += num_groups * np.arange(draws)[:, None]
-        counts = np.bincount(picked.ravel(), minlength=draws * num_groups)
-        yield counts.reshape(draws, num_groups)
+    chunk = max(1, CHUNK_VALUES // num_groups)
+    for start in range(0, n, chunk):
+        draws = min(chunk, n - start)
+        counts = np.empty((draws, num_groups), dtype=np.int64)
+        for row in counts:
+            row[:] = np.bincount(rng.integers(0, num_groups, num_groups), minlength=num_groups)
+        yield counts
 
 
 def bootstrap_draws(
@@ -67,16 +69,16 @@ def bootstrap_draws(
     Raises:
         InputError: an unknown metric, or lengths that differ.
     """
-    function = _resolve(metric)
     y, groups = np.asarray(y), np.asarray(groups)
     if groups.shape != y.shape:
         raise InputError(f"{len(groups)} patients for {len(y)} bags: give one patient a bag")
     names, group_of_bag = np.unique(groups, return_inverse=True)
-    values = []
-    for counts in draw_counts(len(names), n, seed):
-        per_patient = np.ascontiguousarray(counts.T, dtype=np.float64)
-        values.append(function(y, scores, np.take(per_patient, group_of_bag, axis=0)))
-    return np.concatenate(values)
+    return np.concatenate(
+        [
+            np.asarray(metric_of(metric, y, scores, Weights(counts, group_of_bag)))
+            for counts in draw_counts(len(names), n, seed)
+        ]
+    )
 
 
 def bootstrap_ci(
@@ -111,8 +113,8 @@ def bootstrap_ci(
         raise InputError(f"a bootstrap needs n >= 1 and 0 < level < 1, got n {n}, level {level}")
     draws = bootstrap_draws(y, scores, groups, metric, n, seed)
     defined = draws[np.isfinite(draws)]
-    weights = np.ones((len(np.asarray(y)), 1))
-    point = float(np.asarray(_resolve(metric)(y, scores, weights))[0])
+    once = Weights(np.ones((1, len(np.asarray(y)))))
+    point = float(np.asarray(metric_of(metric, y, scores, once))[0])
     if not len(defined):
         return Interval(float("nan"), float("nan"), point)
     tail = 50.0 * (1.0 - level)
@@ -120,6 +122,12 @@ def bootstrap_ci(
     return Interval(float(low), float(high), point)
 
 
-def _resolve(metric: str | Metric) -> Callable[..., np.ndarray]:
-    chosen = METRICS[choose("metric", metric, METRICS)] if isinstance(metric, str) else metric
-    return chosen  # type: ignore[return-value]
+def metric_of(metric: str | Metric, y: np.ndarray, scores: np.ndarray, weights: Weights):
+    """A metric by name, or the user's own function with its weights (N, K), for each draw: (K,).
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if isinstance(metric, str):
+        return METRICS[choose("metric", metric, METRICS)](y, scores, weights)
+    return metric(y, scores, weights.of_bags(np.arange(weights.num_bags)).T)

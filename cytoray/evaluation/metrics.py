@@ -4,8 +4,8 @@ Every function takes
 
 - `labels` (N,) integers in 0..C-1 (1 is the positive class when C = 2);
 - `scores` (N,) probability of class 1, or (N, C) probabilities;
-- `weights` None, or (N, K): how much each bag counts in each of K weightings (for a bootstrap,
-  how often it was drawn);
+- `weights` None, or (N, K), or `Weights`: how much each bag counts in each of K weightings (for a
+  bootstrap, how often it was drawn);
 
 and returns a float, or (K,) float64 with NaN where the metric is undefined (a class is missing).
 Of three classes or more, ranking and per-class metrics are macro averages, one class against the
@@ -15,18 +15,20 @@ rest, over the classes that are there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import numpy as np
 
 from cytoray.errors import InputError, choose
+from cytoray.evaluation.weights import Weights
 
 Metric = Callable[..., "float | np.ndarray"]
-_OneVsRest = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+_Evaluate = Callable[[Weights], np.ndarray]
+_OneVsRest = Callable[[np.ndarray, np.ndarray], _Evaluate]
 
 
-def _checked(labels, scores, weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """labels (N,) int64, scores (N, C) float64, weights (N, K) float64."""
+def _checked(labels, scores, weights) -> tuple[np.ndarray, np.ndarray, Weights]:
+    """labels (N,) int64, scores (N, C) float64, weights."""
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if scores.ndim == 1:
         scores = np.stack([1.0 - scores, scores], axis=1)
@@ -39,9 +41,7 @@ def _checked(labels, scores, weights) -> tuple[np.ndarray, np.ndarray, np.ndarra
         raise InputError(f"{int((~np.isfinite(scores)).any(axis=1).sum())} scores are not finite")
     if not np.isin(labels, np.arange(scores.shape[1])).all():
         raise InputError(f"labels must be whole numbers in 0..{scores.shape[1] - 1}")
-    if weights is None:
-        weights = np.ones((len(labels), 1))
-    return labels.astype(np.int64), scores, np.asarray(weights, dtype=np.float64)
+    return labels.astype(np.int64), scores, Weights.of(weights, len(labels))
 
 
 def _metric(function: Callable[..., np.ndarray]) -> Metric:
@@ -61,16 +61,18 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=out, where=denominator > 0)
 
 
-def _macro(one_vs_rest: _OneVsRest, labels, scores, weights) -> np.ndarray:
-    """Binary metric of class 1; with more classes, its mean over the classes that are there."""
-    if scores.shape[1] == 2:
-        return one_vs_rest(labels == 1, scores[:, 1], weights)
-    classes = [
-        one_vs_rest(labels == index, scores[:, index], weights)
-        for index in range(scores.shape[1])
-        if (labels == index).any()
-    ]
-    return _mean_over_classes(np.stack(classes))
+def _macro(one_vs_rest: _OneVsRest, labels, scores, weights: Weights) -> np.ndarray:
+    """Binary metric of class 1; with more classes, its mean over the classes that are there.
+
+    `one_vs_rest` sorts a class once; what it gives is called for block after block of weightings.
+    """
+    count = scores.shape[1]
+    there = [1] if count == 2 else [index for index in range(count) if (labels == index).any()]
+    values = []
+    for index in there:
+        evaluate = one_vs_rest(labels == index, scores[:, index])
+        values.append(np.concatenate([evaluate(block) for block in weights.blocks()]))
+    return values[0] if count == 2 else _mean_over_classes(np.stack(values))
 
 
 def _mean_over_classes(values_ck: np.ndarray) -> np.ndarray:
@@ -78,39 +80,71 @@ def _mean_over_classes(values_ck: np.ndarray) -> np.ndarray:
     return _ratio(np.where(there, values_ck, 0.0).sum(axis=0), there.sum(axis=0).astype(float))
 
 
-def _binary_auc(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _binary_auc(positive: np.ndarray, score: np.ndarray) -> _Evaluate:
     """P(positive scores above negative) + P(tie) / 2, by weighted ranks (Mann-Whitney)."""
     negatives, positives = np.flatnonzero(~positive), np.flatnonzero(positive)
     negatives = negatives[np.argsort(score[negatives], kind="stable")]
     positives = positives[np.argsort(score[positives], kind="stable")]
-    below = np.zeros((len(negatives) + 1, weights.shape[1]))
-    np.cumsum(np.take(weights, negatives, axis=0), axis=0, out=below[1:])
     first = np.searchsorted(score[negatives], score[positives], side="left")
     last = np.searchsorted(score[negatives], score[positives], side="right")
-    weights_pos = np.take(weights, positives, axis=0)
-    wins = np.einsum("pk,pk->k", weights_pos, np.take(below, first, axis=0))
-    tied = first != last
-    if tied.any():
-        ties = below[last[tied]] - below[first[tied]]
-        wins += 0.5 * np.einsum("pk,pk->k", weights_pos[tied], ties)
-    return _ratio(wins, weights_pos.sum(axis=0) * below[-1])
+    tied = np.flatnonzero(first != last)
+
+    def evaluate(weights: Weights) -> np.ndarray:
+        shape = (len(weights.counts), len(negatives) + 1)
+        below = np.zeros(shape, dtype=weights.counts.dtype)
+        np.cumsum(weights.of_bags(negatives), axis=1, out=below[:, 1:])
+        weights_pos = weights.of_bags(positives)
+        wins = np.einsum("kp,kp->k", weights_pos, np.take(below, first, axis=1))
+        if len(tied):
+            ties = np.take(below, last[tied], axis=1) - np.take(below, first[tied], axis=1)
+            wins = wins + 0.5 * np.einsum("kp,kp->k", np.take(weights_pos, tied, axis=1), ties)
+        return _ratio(wins, weights_pos.sum(axis=1) * below[:, -1])
+
+    return evaluate
 
 
-def _curve(positive: np.ndarray, score: np.ndarray, weights: np.ndarray):
-    """True and false positives (U, K) when the threshold is each distinct score, falling."""
+def _curve(positive: np.ndarray, score: np.ndarray) -> Callable[[Weights], tuple]:
+    """True and false positives (K, U) when the threshold is each distinct score, falling."""
     order = np.argsort(-score, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)
-    ordered = np.take(weights, order, axis=0)
-    true_positives = np.cumsum(ordered * positive[order, None], axis=0)[ends]
-    return true_positives, np.cumsum(ordered, axis=0)[ends] - true_positives
+
+    def evaluate(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+        ordered = weights.of_bags(order)
+        called = np.take(np.cumsum(ordered, axis=1), ends, axis=1)
+        ordered *= positive[order]
+        true_positives = np.take(np.cumsum(ordered, axis=1), ends, axis=1)
+        return true_positives, called - true_positives
+
+    return evaluate
 
 
-def _binary_average_precision(positive, score, weights) -> np.ndarray:
-    true_positives, false_positives = _curve(positive, score, weights)
-    precision = _ratio(true_positives, true_positives + false_positives)
-    gained = np.diff(true_positives, axis=0, prepend=0.0)
-    area = np.where(gained > 0, gained * np.nan_to_num(precision), 0.0).sum(axis=0)
-    return _ratio(area, true_positives[-1])
+def _binary_average_precision(positive: np.ndarray, score: np.ndarray) -> _Evaluate:
+    curve = _curve(positive, score)
+
+    def evaluate(weights: Weights) -> np.ndarray:
+        true_positives, false_positives = curve(weights)
+        precision = _ratio(true_positives, true_positives + false_positives)
+        gained = np.diff(true_positives, axis=1, prepend=0.0)
+        area = np.where(gained > 0, gained * np.nan_to_num(precision), 0.0).sum(axis=1)
+        return _ratio(area, true_positives[:, -1])
+
+    return evaluate
+
+
+def _binary_sensitivity_at(
+    specificity: float, positive: np.ndarray, score: np.ndarray
+) -> _Evaluate:
+    curve = _curve(positive, score)
+
+    def evaluate(weights: Weights) -> np.ndarray:
+        true_positives, false_positives = curve(weights)
+        negatives = false_positives[:, -1:]
+        slack = 1e-9 * np.maximum(negatives, 1.0)
+        allowed = false_positives <= (1.0 - specificity) * negatives + slack
+        best = np.where(allowed, true_positives, 0.0).max(axis=1)
+        return np.where(negatives[:, 0] > 0, _ratio(best, true_positives[:, -1]), np.nan)
+
+    return evaluate
 
 
 @_metric
@@ -128,28 +162,23 @@ def average_precision(labels, scores, weights) -> np.ndarray:
 @_metric
 def sensitivity_at_specificity(labels, scores, weights, *, specificity=0.9) -> np.ndarray:
     """Highest sensitivity of a threshold whose specificity is at least `specificity`."""
+    return _macro(partial(_binary_sensitivity_at, specificity), labels, scores, weights)
 
-    def one_vs_rest(positive, score, weights):
-        true_positives, false_positives = _curve(positive, score, weights)
-        negatives = false_positives[-1]
-        allowed = false_positives <= (1.0 - specificity) * negatives + 1e-9 * np.maximum(
-            negatives, 1.0
-        )
-        best = np.where(allowed, true_positives, 0.0).max(axis=0)
-        return np.where(negatives > 0, _ratio(best, true_positives[-1]), np.nan)
 
-    return _macro(one_vs_rest, labels, scores, weights)
+def predicted_classes(scores: np.ndarray) -> np.ndarray:
+    """The most probable class; with two classes, class 1 from 0.5 on: (N, C) to (N,)."""
+    if scores.shape[1] == 2:
+        return (scores[:, 1] >= 0.5).astype(np.int64)
+    return scores.argmax(axis=1)
 
 
 def _confusion(labels, scores, weights):
     """Per class (C, K): true positives, predicted positives, actual positives; total (K,)."""
     classes = np.arange(scores.shape[1])[:, None]
-    predicted = scores.argmax(axis=1)
-    if scores.shape[1] == 2:
-        predicted = (scores[:, 1] >= 0.5).astype(np.int64)
+    predicted = predicted_classes(scores)
     is_label, is_predicted = labels == classes, predicted == classes
     parts = (is_label & is_predicted, is_predicted, is_label)
-    return *(part.astype(np.float64) @ weights for part in parts), weights.sum(axis=0)
+    return *(weights.sums(part) for part in parts), weights.total
 
 
 def _class_one_or_macro(values_ck: np.ndarray) -> np.ndarray:
@@ -198,7 +227,7 @@ def brier(labels, scores, weights) -> np.ndarray:
     """Mean squared error of the probabilities: of class 1 when C = 2, summed over classes else."""
     errors = (scores - np.eye(scores.shape[1])[labels]) ** 2
     error = errors[:, 1] if scores.shape[1] == 2 else errors.sum(axis=1)
-    return _ratio(error @ weights, weights.sum(axis=0))
+    return _ratio(weights.sums(error), weights.total)
 
 
 @_metric
@@ -207,8 +236,8 @@ def expected_calibration_error(labels, scores, weights, *, bins=15) -> np.ndarra
     confidence, right = scores.max(axis=1), scores.argmax(axis=1) == labels
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     in_bin = (index == np.arange(bins)[:, None]).astype(np.float64)
-    gaps = np.abs((in_bin * (right - confidence)) @ weights).sum(axis=0)
-    return _ratio(gaps, weights.sum(axis=0))
+    gaps = np.abs(weights.sums(in_bin * (right - confidence))).sum(axis=0)
+    return _ratio(gaps, weights.total)
 
 
 METRICS: dict[str, Metric] = {

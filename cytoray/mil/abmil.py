@@ -6,6 +6,7 @@ Shapes: B bags, T instances of all bags together, H hidden width, L attention wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,8 @@ class ABMIL(Aggregator):
         gated: the gated form of the attention.
         dropout: on the hidden features and in the attention branches.
     """
+
+    optimizer_defaults: ClassVar = {"lr": 5e-4, "weight_decay": 1e-4}
 
     def __init__(
         self,

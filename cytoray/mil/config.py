@@ -28,6 +28,7 @@ class MILConfig:
         patience: stop after so many epochs without a better validation AUC (0: never).
         batch_bags: bags a step.
         max_instances: instances of a bag used in a training step, drawn anew each epoch.
+        instance_dropout: share of a bag's instances left out of a training step, at random.
         warmup_share: share of all steps with rising learning rate, cosine to `min_lr` afterwards.
         min_lr: where the cosine ends.
         clip_grad: largest gradient norm (0: no limit).
@@ -58,6 +59,7 @@ class MILConfig:
     patience: int = 10
     batch_bags: int = 8
     max_instances: int = 4096
+    instance_dropout: float = 0.0
     warmup_share: float = 0.05
     min_lr: float = 1e-6
     clip_grad: float = 5.0
@@ -137,7 +139,7 @@ class MILConfig:
         ]
         problems += [
             f"{name} is {getattr(self, name)}; it must be from 0 to below 1"
-            for name in ("dropout", "lora_dropout", "warmup_share")
+            for name in ("dropout", "instance_dropout", "lora_dropout", "warmup_share")
             if not 0 <= getattr(self, name) < 1
         ]
         if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):

@@ -112,7 +112,7 @@ def train_frozen(
             rng = np.random.default_rng((config.seed, epoch))
             for chosen in epoch_order(len(train_bags), config.batch_bags, rng):
                 bags = [train_bags[i] for i in chosen]
-                fine, coarse = _packed_scales(bags, config.max_instances, scales, rng)
+                fine, coarse = _packed_scales(bags, config, scales, rng)
                 labels = torch.from_numpy(train_labels[chosen]).to(device)
                 yield Batch(fine.to(device), labels, coarse.to(device) if coarse else None)
 
@@ -175,19 +175,31 @@ def _coarse_views(bags: Sequence[LabelledBag]) -> list[np.ndarray | Tensor] | No
 
 
 def _packed_scales(
-    bags: Sequence[LabelledBag], limit: int, num_scales: int, rng: np.random.Generator
+    bags: Sequence[LabelledBag], config: MILConfig, num_scales: int, rng: np.random.Generator
 ) -> tuple[PackedBags, PackedBags | None]:
-    """At most `limit` instances of each bag, packed, at one scale or two."""
-    fine = pack([_sampled(bag.features, limit, rng) for bag in bags])
+    """What a training step sees of each bag, packed, at one scale or two."""
+    limits = config.max_instances, config.instance_dropout
+    fine = pack([sampled(bag.features, *limits, rng) for bag in bags])
     coarse = _coarse_views(bags) if num_scales == 2 else None
-    return fine, pack([_sampled(view, limit, rng) for view in coarse]) if coarse else None
+    return fine, pack([sampled(view, *limits, rng) for view in coarse]) if coarse else None
 
 
-def _sampled(features: np.ndarray | Tensor, limit: int, rng: np.random.Generator):
-    """At most `limit` instances of a bag, in their order."""
-    if features.shape[0] <= limit:
+def sampled(
+    features: np.ndarray | Tensor, limit: int, left_out: float, rng: np.random.Generator
+) -> np.ndarray | Tensor:
+    """Some instances of a bag, in their order: all but a share, at most `limit`, at least one.
+
+    Args:
+        features: (N, D).
+        limit: instances at most.
+        left_out: share to leave out, 0 to below 1.
+        rng: of the draw.
+    """
+    count = features.shape[0]
+    kept = max(1, min(limit, count - round(left_out * count)))
+    if kept == count:
         return features
-    return features[np.sort(rng.choice(features.shape[0], limit, replace=False))]
+    return features[np.sort(rng.choice(count, kept, replace=False))]
 
 
 @torch.no_grad()

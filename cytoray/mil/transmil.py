@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,11 @@ class PPEG(nn.Module):
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """The three convolutions and the identity as one: weight (D, 1, 7, 7), bias (D,)."""
-        parts = [F.pad(c.weight, [3 - c.padding[0]] * 4) for c in self.convolutions]
+        convolutions = [c for c in self.convolutions if isinstance(c, nn.Conv2d)]
+        parts = [F.pad(c.weight, [3 - c.weight.shape[-1] // 2] * 4) for c in convolutions]
         identity = F.pad(torch.ones_like(parts[0][..., :1, :1]), [3] * 4)
-        bias = torch.stack([c.bias for c in self.convolutions]).sum(dim=0)
-        return torch.stack([*parts, identity]).sum(dim=0), bias
+        biases = [c.bias for c in convolutions if c.bias is not None]
+        return torch.stack([*parts, identity]).sum(dim=0), torch.stack(biases).sum(dim=0)
 
 
 class TransMIL(Aggregator):
@@ -53,6 +55,8 @@ class TransMIL(Aggregator):
         dropout: on the output of each attention layer.
         reference: scale the pseudo-inverse over all heads, as the published code does.
     """
+
+    optimizer_defaults: ClassVar = {"lr": 2e-4, "weight_decay": 1e-5}
 
     def __init__(
         self,

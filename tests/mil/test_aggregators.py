@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from cytoray.errors import InputError
 from cytoray.mil.aggregators import AGGREGATORS, build_aggregator
+from cytoray.mil.base import group_bags
 from cytoray.mil.packing import pack
 
 from .conftest import check_parity
@@ -61,6 +62,28 @@ def test_a_bag_does_not_feel_its_neighbours(name, bags):
         after = aggregator(*pack([1e3 * torch.randn(50, 24), bags[1], bags[2], bags[0]]))
     assert torch.allclose(before.logits[[1, 2, 0]], after.logits[1:], atol=1e-5)
     assert torch.allclose(before.attention[1:8], after.attention[50:57], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_groups_of_bags_give_the_same_answer(name, bags, monkeypatch):
+    aggregator = build_aggregator(name, 24, 3, **SMALL.get(name, {})).eval()
+    batch, labels = pack([bags[1], bags[0], bags[2], bags[1]]), torch.tensor([0, 2, 1, 1])
+    outputs = []
+    for limit in (10**6, 8):
+        monkeypatch.setattr(type(aggregator), "cpu_instances", limit)
+        outputs.append(aggregator(*batch))
+    whole, groups = outputs
+    assert torch.allclose(whole.logits, groups.logits, atol=1e-5)
+    assert torch.allclose(whole.attention, groups.attention, atol=1e-6)
+    assert {k: v.shape for k, v in whole.aux.items()} == {k: v.shape for k, v in groups.aux.items()}
+    for a, b in zip(*(aggregator.loss(o, labels).values() for o in outputs), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_groups_hold_whole_bags_up_to_the_limit():
+    assert group_bags([0, 3, 5, 9, 10], 5) == [(0, 2), (2, 4)]
+    assert group_bags([0, 100, 101, 102, 300], 5) == [(0, 1), (1, 3), (3, 4)]
+    assert group_bags([0, 4], 2) == [(0, 1)]
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)

@@ -7,10 +7,12 @@ from cytoray.mil.packing import (
     bag_ids,
     check_packed,
     pack,
+    prepend_tokens,
     segment_argmax,
     segment_max,
     segment_softmax,
     segment_sum,
+    weighted_sums,
 )
 
 
@@ -60,6 +62,35 @@ def test_argmax_takes_the_first_of_equal_values():
     values = torch.tensor([[1.0, 0.0], [2.0, 5.0], [2.0, 5.0], [-3.0, -1.0]])
     index = segment_argmax(values, torch.tensor([0, 0, 0, 1]), 2)
     assert index.tolist() == [[1, 1], [3, 3]]
+
+
+def test_weighted_sums_equal_a_loop_with_gradients():
+    packed = pack([part.double() for part in bags()])
+    values = packed.features.requires_grad_()
+    weights = torch.rand(308, 3, dtype=torch.float64, requires_grad=True)
+    out = weighted_sums(weights, values, packed.offsets)
+    parts = zip(weights.split([1, 7, 300]), values.split([1, 7, 300]), strict=True)
+    expected = torch.stack([w.T @ v for w, v in parts])
+    assert torch.allclose(out, expected)
+    factor = torch.randn_like(out)
+    mine = torch.autograd.grad((out * factor).sum(), (weights, values))
+    theirs = torch.autograd.grad((expected * factor).sum(), (weights, values))
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b)
+    (alone,) = torch.autograd.grad(
+        weighted_sums(weights, values.detach(), packed.offsets).sum(), weights
+    )
+    assert torch.allclose(alone, values.detach().sum(1, keepdim=True).expand(-1, 3))
+
+
+def test_tokens_stand_in_front_of_each_bag():
+    packed, tokens = pack(bags((2, 3))), torch.full((2, 5), 9.0)
+    rows, lie = prepend_tokens(tokens, packed.features, packed.offsets)
+    assert lie.sizes == [4, 5]
+    assert lie.token_rows.tolist() == [[0, 1], [4, 5]]
+    assert lie.origin.tolist() == [-1, -1, 0, 1, -1, -1, 2, 3, 4]
+    assert torch.equal(rows[lie.origin >= 0], packed.features)
+    assert bool((rows[lie.token_rows] == 9.0).all())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from cytoray.errors import InputError
 from cytoray.mil.aggregators import AGGREGATORS
 from cytoray.mil.config import MILConfig
-from cytoray.mil.train import LabelledBag, predict, train_frozen
+from cytoray.mil.train import LabelledBag, predict, sampled, train_frozen
 from cytoray.mil.trial import class_weights, lr_factor
 
 SMALL = {
@@ -186,6 +186,17 @@ def test_bags_that_do_not_fit_are_named():
         train_frozen(config, [bag for bag in good if bag.label == 0], good, 2)
     with pytest.raises(InputError, match=r"0\.\.1"):
         train_frozen(config, good, [LabelledBag("x", good[0].features, 2)], 2)
+
+
+def test_instances_are_dropped_and_capped_in_order():
+    rng = np.random.default_rng(0)
+    bag = np.arange(40.0).reshape(20, 2)
+    assert sampled(bag, 30, 0.0, rng) is bag
+    half, capped = sampled(bag, 30, 0.5, rng), sampled(bag, 3, 0.25, rng)
+    assert (len(half), len(capped), len(sampled(bag[:1], 30, 0.9, rng))) == (10, 3, 1)
+    assert (np.diff(half[:, 0]) > 0).all()
+    drawn = np.concatenate([sampled(bag, 30, 0.5, rng)[:, 0] for _ in range(200)])
+    assert np.bincount((drawn / 2).astype(int)).min() > 60
 
 
 def test_predict_streams_and_restores_the_mode(monkeypatch):

@@ -187,6 +187,16 @@ def test_rank_0_trains_the_head_only():
     assert [record["epoch"] for record in result.history] == [1]
 
 
+def test_several_tasks_with_missing_labels():
+    source, ids, labels = make_slides(8)
+    tasks = [(label, label if index % 3 else -1) for index, label in enumerate(labels)]
+    config = dataclasses.replace(CONFIG, epochs=1, warm_start_epochs=1)
+    result = train_lora(config, TinyEncoder(), source, ids, tasks, ids, tasks, (2, 2))
+    assert result.num_classes == (2, 2)
+    assert {"task0_auc", "task1_auc"} < set(result.val_metrics)
+    assert result.lora_state
+
+
 def test_sampled_bags_are_at_most_tiles_per_bag():
     source, ids, _ = make_slides(4)
     session = _LoraSession(

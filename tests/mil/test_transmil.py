@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cytoray.errors import InputError
-from cytoray.mil.nystrom import NystromAttention, iterative_pinv
+from cytoray.mil.nystrom import IterativePinv, NystromAttention
 from cytoray.mil.transmil import TransMIL
 
 from .conftest import check_parity
@@ -75,8 +75,11 @@ def test_equals_a_plain_version(reference, bags):
 
 def test_pseudo_inverse_inverts():
     matrix = (5 * torch.eye(12) + torch.randn(3, 12, 12)).softmax(-1).double()
-    inverse = iterative_pinv(matrix, 20)
-    assert torch.allclose(inverse, torch.linalg.pinv(matrix), atol=1e-8)
+    inverse, expected = IterativePinv(matrix, 20), torch.linalg.pinv(matrix)
+    thin = torch.randn(3, 12, 2).double()
+    assert torch.allclose(inverse.times(torch.eye(12).double().expand(3, 12, 12)), expected)
+    assert torch.allclose(inverse.times(thin), expected @ thin)
+    assert torch.allclose(inverse.times_rows(thin.mT), thin.mT @ expected)
 
 
 def test_as_many_landmarks_as_tokens_is_plain_attention():

@@ -41,10 +41,9 @@ def test_flags_of_submit_itself(cytoray) -> None:
 def test_a_pretraining_on_a_running_head(cytoray, head, indexed, tracking_uri, tmp_path) -> None:
     """Followed to its end, with its exit code; a command that fails hands back its own."""
     submit = ["submit", "--address", head.server, "--working-dir", ROOT]
-    missing = tmp_path / "none.csv"
-    failed = cytoray(*submit, "index", "--manifest", missing, "--out", tmp_path / "index")
+    failed = cytoray(*submit, "synth", "--out", tmp_path / "s", "--slides.size-px", 64)
     assert failed.code == 2
-    assert f"error: no manifest at {missing}" in failed.out
+    assert "size_px must be between 512 and 32768" in failed.out
     assert "FAILED" in failed.err
 
     config = pretrain.Config(
