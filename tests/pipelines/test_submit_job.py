@@ -41,9 +41,10 @@ def test_flags_of_submit_itself(cytoray) -> None:
 def test_a_pretraining_on_a_running_head(cytoray, head, indexed, tracking_uri, tmp_path) -> None:
     """Followed to its end, with its exit code; a command that fails hands back its own."""
     submit = ["submit", "--address", head.server, "--working-dir", ROOT]
-    failed = cytoray(*submit, "synth", "--out", tmp_path / "s", "--slides.size-px", 64)
+    missing = tmp_path / "none.csv"
+    failed = cytoray(*submit, "index", "--manifest", missing, "--out", tmp_path / "index")
     assert failed.code == 2
-    assert "size_px must be between 512 and 32768" in failed.out
+    assert f"error: no manifest at {missing}" in failed.out
     assert "FAILED" in failed.err
 
     config = pretrain.Config(
