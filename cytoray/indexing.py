@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cytoray.attempts import Attempt, Patience
+from cytoray.config import to_plain
 from cytoray.errors import InputError, SlideError
 from cytoray.io import atomic_write_bytes
 from cytoray.nuclei import build_detector, read_part_metadata, write_nuclei
@@ -22,6 +24,7 @@ from cytoray.report import qc_images
 from cytoray.slides import (
     DEFAULT_KEEP_SHARE,
     Grid,
+    ResolvedMpp,
     SlideGrid,
     SlideReader,
     chunk_id,
@@ -52,6 +55,7 @@ class IndexSettings:
         keep_share: a tile is kept when at least this share of it is foreground.
         trust_manifest_mpp: let the manifest overrule a file that contradicts it.
         reader: `auto`, or a reader's name to insist on.
+        patience: how long and how often a slide is tried.
     """
 
     grid: Grid
@@ -60,6 +64,7 @@ class IndexSettings:
     keep_share: float = DEFAULT_KEEP_SHARE
     trust_manifest_mpp: bool = False
     reader: str = "auto"
+    patience: Patience = field(default_factory=Patience)
 
 
 @dataclass
@@ -72,6 +77,16 @@ class IndexedSlide:
     @property
     def ok(self) -> bool:
         return self.row["status"] == STATUS_OK
+
+
+@dataclass(frozen=True)
+class _SlideWork:
+    """An open slide on its way through the chunks."""
+
+    entry: dict[str, Any]
+    reader: SlideReader
+    layout: SlideGrid
+    scale: ResolvedMpp
 
 
 class SlideIndexer:
@@ -92,32 +107,46 @@ class SlideIndexer:
         Args:
             entry: a manifest row with canonical columns (`slide_id`, `path`, `mpp`, ...).
         """
+        slide_id = entry["slide_id"]
+        attempt = None
         try:
-            indexed, nuclei = self._index(entry)
+            attempt = Attempt(self.out, slide_id, self._key(entry), self.settings.patience)
+            indexed, nuclei = self._index(entry, attempt)
         except InputError:
             raise
         except SlideError as error:
-            return refused(entry, error, self.settings, self.out)
+            indexed = refused(entry, error, self.settings, self.out)
         except Exception as error:  # a library's own failure on one slide must not end the run
             problem = SlideError("unexpected", f"{type(error).__name__}: {error}")
-            return refused(entry, problem, self.settings, self.out)
-        part = part_path(self.out, entry["slide_id"])
-        _write_part(part, indexed, nuclei, self.settings.detector)
+            indexed = refused(entry, problem, self.settings, self.out)
+        else:
+            _write_part(part_path(self.out, slide_id), indexed, nuclei, self.settings.detector)
+        if attempt is not None:
+            attempt.close(finished=True)
         return indexed
 
-    def _index(self, entry: dict[str, Any]) -> tuple[IndexedSlide, np.ndarray]:
+    def _key(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """What the result of a chunk hangs on."""
+        settings = to_plain(self.settings)
+        del settings["patience"]
+        return {"settings": settings, "mpp": entry.get("mpp"), "path": entry["path"],
+                "file": fingerprint(entry["path"])}  # fmt: skip
+
+    def _index(self, entry: dict[str, Any], attempt: Attempt) -> tuple[IndexedSlide, np.ndarray]:
         settings = self.settings
-        with open_slide(entry["path"], reader=settings.reader) as reader:
+        with attempt.step():
+            reader = open_slide(entry["path"], reader=settings.reader)
+        with reader:
             info = reader.info
             scale = resolve_mpp(
                 info, entry.get("mpp"), trust_manifest_mpp=settings.trust_manifest_mpp
             )
             layout = SlideGrid.of(settings.grid, info.width_px_level0, info.height_px_level0, scale)
-            foreground = slide_foreground(reader, layout, keep_share=settings.keep_share)
+            with attempt.step():
+                foreground = slide_foreground(reader, layout, keep_share=settings.keep_share)
             row = plain_entry(entry) | describe_slide(info, scale, layout, foreground)
-            nuclei, problems, keep = self._nuclei(
-                reader, layout, scale, entry, foreground.keep_masks
-            )
+            work = _SlideWork(entry, reader, layout, scale)
+            nuclei, problems, keep = self._chunks(work, foreground.keep_masks, attempt)
             kept = sum(mask.bit_count() for mask in keep)
             if not kept:
                 raise SlideError("decode_error", "not one tile with cells could be decoded")
@@ -129,53 +158,58 @@ class SlideIndexer:
                 "num_tiles": kept,
                 "num_nuclei": len(nuclei) if self.detect else None,
             }
-            self._write_pictures(reader, entry["slide_id"], foreground.mask, nuclei)
+            with attempt.step():
+                self._write_pictures(reader, entry["slide_id"], foreground.mask, nuclei)
         return IndexedSlide(row, problems), nuclei
 
-    def _nuclei(
-        self,
-        reader: SlideReader,
-        layout: SlideGrid,
-        scale: Any,
-        entry: dict[str, Any],
-        keep: list[int],
+    def _chunks(
+        self, work: _SlideWork, keep: list[int], attempt: Attempt
     ) -> tuple[np.ndarray, list[dict[str, Any]], list[int]]:
         """Nuclei of all chunks with foreground; tiles that cannot be decoded are taken out."""
         found: list[np.ndarray] = [np.zeros((0, 4), np.float32)]
         problems: list[dict[str, Any]] = []
         keep = list(keep)
-        grid = self.settings.grid
         for index, mask in enumerate(keep):
             if not mask or self.detect is None:
                 continue
-            chunk = read_chunk(
-                reader, scale, grid, *layout.chunk_at(index), halo_px=halo_px(grid.mpp)
-            )
-            for tile in mask_indices(mask).tolist():
-                if tile in chunk.bad_tiles:
-                    keep[index] &= ~(1 << tile)
-                    chunk_name = chunk_id(entry["slide_id"], grid, *layout.chunk_at(index))
-                    name = tile_id(chunk_name, tile)
-                    problems.append(
-                        quarantine_row(
-                            entry["slide_id"],
-                            entry["path"],
-                            "index",
-                            "decode_error",
-                            chunk.bad_tiles[tile],
-                            region=name,
-                        )
-                    )
-            found.append(
-                detect_in_chunk(
-                    self.detect,
-                    chunk,
-                    core_px=chunk_core_px(chunk, grid),
-                    mpp=grid.mpp,
-                    mpp_slide=(scale.mpp_x, scale.mpp_y),
-                )
-            )
+            done = attempt.finished_chunk(index)
+            if done is None:
+                with attempt.step():
+                    done = self._chunk(work, index, mask)
+                attempt.finish_chunk(index, *done)
+            values, nuclei = done
+            keep[index] = values["keep"]
+            problems += [_dated(problem) for problem in values["problems"]]
+            found.append(nuclei)
         return np.concatenate(found), problems, keep
+
+    def _chunk(self, work: _SlideWork, index: int, mask: int) -> tuple[dict[str, Any], np.ndarray]:
+        """One chunk: the tiles kept, the problems found, and nuclei float32 (N, 4) in level 0."""
+        grid, place = self.settings.grid, work.layout.chunk_at(index)
+        assert self.detect is not None
+        chunk = read_chunk(work.reader, work.scale, grid, *place, halo_px=halo_px(grid.mpp))
+        name = chunk_id(work.entry["slide_id"], grid, *place)
+        problems = []
+        for tile in mask_indices(mask).tolist():
+            if tile in chunk.bad_tiles:
+                mask &= ~(1 << tile)
+                problem = quarantine_row(
+                    work.entry["slide_id"],
+                    work.entry["path"],
+                    "index",
+                    "decode_error",
+                    chunk.bad_tiles[tile],
+                    region=tile_id(name, tile),
+                )
+                problems.append(problem | {"time_utc": problem["time_utc"].isoformat()})
+        nuclei = detect_in_chunk(
+            self.detect,
+            chunk,
+            core_px=chunk_core_px(chunk, grid),
+            mpp=grid.mpp,
+            mpp_slide=(work.scale.mpp_x, work.scale.mpp_y),
+        )
+        return {"keep": mask, "problems": problems}, nuclei
 
     def _write_pictures(
         self, reader: SlideReader, slide_id: str, mask: np.ndarray, nuclei: np.ndarray
@@ -225,10 +259,13 @@ def read_indexed(part: Path) -> IndexedSlide | None:
     if not part.exists():
         return None
     metadata = read_part_metadata(part)
-    problems = json.loads(metadata["quarantine"])
-    for problem in problems:
-        problem["time_utc"] = datetime.fromisoformat(problem["time_utc"])
+    problems = [_dated(problem) for problem in json.loads(metadata["quarantine"])]
     return IndexedSlide(json.loads(metadata["row"]), problems)
+
+
+def _dated(problem: dict[str, Any]) -> dict[str, Any]:
+    """A quarantine row as it came from JSON, its time a time again."""
+    return problem | {"time_utc": datetime.fromisoformat(problem["time_utc"])}
 
 
 def is_finished(out: str | Path, entry: dict[str, Any]) -> bool:

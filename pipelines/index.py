@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cytoray.attempts import PARTIAL, Patience
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import connect
 from cytoray.distributed.index import index_slides, merge_parts
@@ -33,6 +36,9 @@ class Config:
         detector: nuclei detector; `none` leaves detection to pretraining.
         keep_share: a tile is kept when at least this share of it is foreground.
         trust_manifest_mpp: let the manifest's mpp overrule a file that contradicts it.
+        timeout_s: seconds that opening a slide, or reading one of its chunks, may take before its
+            reader is ended and started again; 0: any time.
+        max_tries: a slide whose reader died or was ended this often at one place is quarantined.
         max_actors: reading actors at most; 0: one for each CPU.
         strict: exit with code 3 when a slide was quarantined.
         resume: go on with the index in `out`.
@@ -47,6 +53,8 @@ class Config:
     detector: str = "classical"
     keep_share: float = 0.02
     trust_manifest_mpp: bool = False
+    timeout_s: float = 600.0
+    max_tries: int = 2
     max_actors: int = 0
     strict: bool = False
     resume: bool = False
@@ -62,6 +70,10 @@ class Config:
             problems.append(f"--magnification must be above 0, not {self.magnification:g}")
         if not 0 <= self.keep_share <= 1:
             problems.append(f"--keep-share must be from 0 to 1, not {self.keep_share:g}")
+        if self.timeout_s < 0:
+            problems.append(f"--timeout-s must be 0 or more, not {self.timeout_s:g}")
+        if self.max_tries < 1:
+            problems.append(f"--max-tries must be 1 or more, not {self.max_tries}")
         if self.max_actors < 0:
             problems.append(f"--max-actors must be 0 or more, not {self.max_actors}")
         raise_problems("this index cannot be made:", problems)
@@ -80,6 +92,11 @@ def run(config: Config) -> dict[str, Any]:
         detector=config.detector,
         keep_share=config.keep_share,
         trust_manifest_mpp=config.trust_manifest_mpp,
+        patience=Patience(
+            timeout_s=config.timeout_s,
+            max_tries=config.max_tries,
+            run_token=secrets.token_hex(8),
+        ),
     )
     manifest = read_manifest(config.manifest)
     connect(config.address)
@@ -89,6 +106,7 @@ def run(config: Config) -> dict[str, Any]:
             manifest.rows, settings, folder.path, progress=progress, max_actors=config.max_actors
         )
     slides, quarantine = merge_parts(manifest, folder.path)
+    shutil.rmtree(folder.path / PARTIAL, ignore_errors=True)
     page = write_qc(
         folder.path,
         (_qc_row(row) for batch in slides.to_batches(4096) for row in batch.to_pylist()),

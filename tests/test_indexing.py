@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cytoray.attempts import Patience
 from cytoray.indexing import (
     IndexedSlide,
     IndexSettings,
@@ -203,3 +208,111 @@ def test_a_quarantined_slide_is_not_finished(tmp_path) -> None:
     path = not_a_slide(tmp_path / "a.svs")
     index_file(path, tmp_path)
     assert not is_finished(tmp_path, {"slide_id": "s", "path": str(path), "mpp": None})
+
+
+KILL_AT = """
+import os, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+from cytoray.attempts import Patience
+from tests.test_indexing import SETTINGS
+from cytoray.indexing import SlideIndexer
+import json
+out, entry, call, way = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+patience = Patience(timeout_s=1.0 if way == "hang" else 0, run_token="one run")
+indexer = SlideIndexer(replace(SETTINGS, patience=patience), out)
+inner, calls = indexer.detect, 0
+def detect(pixels, mpp):
+    global calls
+    calls += 1
+    if calls == call:
+        if way == "hang":
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(pixels, mpp)
+indexer.detect = detect
+print(indexer(entry).row["status"])
+"""
+
+
+def indexed_in_a_process(out: Path, entry: dict, call: int, way: str) -> tuple[int, str]:
+    """Index in a process of its own that is killed, or hangs, at its n-th detection."""
+    root = Path(__file__).parent.parent
+    plain = json.dumps({name: entry[name] for name in ("slide_id", "path", "mpp")})
+    ended = subprocess.run(
+        [sys.executable, "-c", KILL_AT, str(out), plain, str(call), way],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return ended.returncode, ended.stdout.strip()
+
+
+def counting(indexer: SlideIndexer) -> list[int]:
+    """The sizes of the images the indexer's detector is given from now on."""
+    inner, seen = indexer.detect, []
+    assert inner is not None
+
+    def detect(pixels, mpp):
+        seen.append(pixels.size)
+        return inner(pixels, mpp)
+
+    indexer.detect = detect  # pyright: ignore[reportAttributeAccessIssue]
+    return seen
+
+
+def test_a_killed_slide_goes_on_at_the_chunk_it_was_killed_in(
+    entries, plain_index, tmp_path
+) -> None:
+    entry = {name: entries[0][name] for name in ("slide_id", "path", "mpp")}
+    name = entry["slide_id"]
+    code, _ = indexed_in_a_process(tmp_path, entry, 3, "kill")
+    assert code == -signal.SIGKILL
+    assert not part_path(tmp_path, name).exists()
+    settings = replace(SETTINGS, patience=Patience(run_token="the next run"))
+    indexer = SlideIndexer(settings, tmp_path)
+    seen = counting(indexer)
+    indexed = indexer(entry)
+    chunks = sum(mask > 0 for mask in indexed.row["keep_masks"])
+    assert len(seen) == chunks - 2 > 0
+    whole = SlideIndexer(SETTINGS, tmp_path / "unbroken")(entry)
+    assert indexed == whole
+    one, other = part_path(tmp_path, name), part_path(tmp_path / "unbroken", name)
+    assert one.read_bytes() == other.read_bytes()
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("way", "reason", "code"),
+    [("kill", "reader_crashed", -signal.SIGKILL), ("hang", "timed_out", 1)],
+)
+def test_a_slide_that_takes_its_process_along_is_given_up(
+    way, reason, code, entries, tmp_path
+) -> None:
+    entry = entries[0]
+    # Two tries end at the first chunk; the third process finds that, and does not try.
+    for _ in range(2):
+        assert indexed_in_a_process(tmp_path, entry, 1, way)[0] == code
+    assert indexed_in_a_process(tmp_path, entry, 1, way) == (0, reason)
+    indexed = read_part(tmp_path, entry["slide_id"])
+    [fault] = indexed.quarantine
+    assert (fault["reason_code"], fault["region"]) == (reason, "")
+    assert "2 times" in fault["message"]
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+def test_a_slide_that_gets_on_between_its_crashes_is_finished(entries, tmp_path) -> None:
+    for _ in range(3):  # each try finishes one chunk more, so patience begins anew
+        assert indexed_in_a_process(tmp_path, entries[0], 2, "kill")[0] == -signal.SIGKILL
+    assert indexed_in_a_process(tmp_path, entries[0], 9, "kill") == (0, "ok")
+
+
+def test_other_settings_do_not_take_over_chunks(entries, tmp_path) -> None:
+    entry = {name: entries[0][name] for name in ("slide_id", "path", "mpp")}
+    indexed_in_a_process(tmp_path, entry, 3, "kill")
+    indexer = SlideIndexer(replace(SETTINGS, keep_share=0.03), tmp_path)
+    seen = counting(indexer)
+    indexed = indexer(entry)
+    assert len(seen) == sum(mask > 0 for mask in indexed.row["keep_masks"])

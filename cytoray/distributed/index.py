@@ -29,9 +29,6 @@ from cytoray.indexing import (
 from cytoray.progress import Progress
 from cytoray.slides import Manifest, slide_schema, write_quarantine, write_slide_table
 
-# A slide that kills its reader (a fault in a native library) is given up after this many tries.
-_TRIES_AFTER_CRASH = 1
-
 
 class IndexSlides:
     """Ray Data stage: positions in the manifest -> one row a slide; the parts are written here."""
@@ -110,7 +107,8 @@ def _stream(
             batch_size=None,
             num_cpus=each,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-            max_task_retries=_TRIES_AFTER_CRASH,
+            # Once more than it is tried: the last one finds that the tries are used up.
+            max_task_retries=settings.patience.max_tries,
         )
     batches: Any = dataset.iter_batches(batch_size=None, prefetch_batches=1)
     yield from batches
@@ -119,9 +117,7 @@ def _stream(
 def _give_up(rows: pa.Table, slide_id: str, settings: IndexSettings, out: Path) -> None:
     """Quarantine a slide whose reader died every time."""
     entry = next(r for r in rows.to_pylist() if r["slide_id"] == slide_id)
-    problem = SlideError(
-        "reader_crashed", f"the process reading it died {_TRIES_AFTER_CRASH + 1} times"
-    )
+    problem = SlideError("reader_crashed", "the processes reading it died before they could begin")
     refused(entry, problem, settings, out)
 
 

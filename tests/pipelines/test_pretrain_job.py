@@ -145,14 +145,14 @@ def test_two_workers_have_the_losses_of_one(config, pretrained) -> None:
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(config) -> None:
     """SIGKILL in mid-run; steps done again after the checkpoint have the losses they had."""
-    config = replace(config, ssl=tiny_ssl(total_steps=240), checkpoint_every=20)
+    config = replace(config, ssl=tiny_ssl(total_steps=120), checkpoint_every=10)
     killed_at = []
 
     def kill_when_under_way() -> None:
         while not killed_at and time.monotonic() < end:
             time.sleep(0.02)
             step = max(losses(config.out), default=0)
-            if step >= 30 and list_checkpoints(config.out / "checkpoints"):
+            if step >= 15 and list_checkpoints(config.out / "checkpoints"):
                 os.kill(events_of(config.out, "start")[0]["pid"], signal.SIGKILL)
                 killed_at.append(step)
 
@@ -164,10 +164,10 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(config) -> No
     starts = events_of(config.out, "start")
     assert len(starts) == 2
     assert 0 < starts[1]["step"] <= max(killed_at)
-    assert starts[1]["step"] % 20 == 0
+    assert starts[1]["step"] % 10 == 0
     assert starts[1]["tiles"] == 8 * starts[1]["step"]
-    assert_resumed_exactly(config.out, 240)
-    assert summary["steps"] == 240
+    assert_resumed_exactly(config.out, 120)
+    assert summary["steps"] == 120
 
 
 def assert_resumed_exactly(out: Path, total_steps: int) -> None:
@@ -188,7 +188,7 @@ def test_a_killed_driver_and_resume_with_two_workers(
 ) -> None:
     """The same command with --resume goes on from the last checkpoint, here with more workers."""
     flags = tmp_path / "config.yaml"
-    config = replace(config, ssl=tiny_ssl(total_steps=240), checkpoint_every=20)
+    config = replace(config, ssl=tiny_ssl(total_steps=120), checkpoint_every=10)
     flags.write_text(yaml.safe_dump(to_plain(config)))
     driver = start_cytoray("pretrain", "--config", flags)
 
@@ -199,7 +199,7 @@ def test_a_killed_driver_and_resume_with_two_workers(
     driver.wait_for(under_way)
     driver.kill()
     stopped_at = max(losses(config.out))
-    assert stopped_at < 240
+    assert stopped_at < 120
     refused = cytoray("pretrain", "--config", flags)
     assert refused.code == 2
     assert "pass --resume to go on" in refused.err
@@ -210,7 +210,7 @@ def test_a_killed_driver_and_resume_with_two_workers(
     starts = events_of(config.out, "start")
     assert [event["world"] for event in starts] == [1, 2]
     assert 0 < starts[1]["step"] <= stopped_at
-    assert_resumed_exactly(config.out, 240)
+    assert_resumed_exactly(config.out, 120)
     summary = json.loads((config.out / "summary.json").read_text())
     tracker = Tracker(tracking_uri)
     assert tracker.get_run(summary["mlflow_run_id"]).status == "FINISHED"
