@@ -94,9 +94,9 @@ def run(config: Config) -> dict[str, Any]:
     )
     tuned = tune.run(
         tune.Config(
-            bags=Path(embedded["bags"]),
+            bags=(Path(embedded["bags"]),),
             index=out / "index",
-            encoder=pretrained["encoder"],
+            encoder=(pretrained["encoder"],),
             out=out / "tune",
             aggregators=config.aggregators,
             lora_ranks=config.lora_ranks,

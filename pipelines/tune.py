@@ -1,88 +1,129 @@
-"""`cytoray tune`: a grid over MIL aggregators and LoRA ranks, tracked in MLflow."""
+"""`cytoray tune`: a search over MIL aggregators, LoRA ranks and encoders, tracked in MLflow."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cytoray.config import to_plain
+from cytoray.distributed.chosen import Answers, answer_held_out, answer_rows, assess_answers
 from cytoray.distributed.cluster import Need, Shared, check_fits, connect
-from cytoray.distributed.embed import EncoderChoice
-from cytoray.distributed.search import (
-    Cohort,
-    HeldOut,
-    SearchSettings,
-    TrialSpec,
-    best_result,
-    predict_part,
-    read_features,
-    run_grid,
-)
-from cytoray.errors import InputError, choose, raise_problems
-from cytoray.evaluation import bootstrap_ci, check_no_leak, evaluate_scores, train_val_test
+from cytoray.distributed.search import Halving, run_one, run_search
+from cytoray.distributed.trials import SearchSettings, TrialSpec
+from cytoray.errors import InputError, SlideError, choose, raise_problems
+from cytoray.evaluation.held_out import mean_auc
 from cytoray.io import atomic_write_text
-from cytoray.mil import AGGREGATORS, BagStore, MILConfig, open_bags
+from cytoray.mil import AGGREGATORS, MILConfig, open_bags
+from cytoray.mil.cohort import (
+    Cohort,
+    FeatureSet,
+    check_task_support,
+    cohort_facts,
+    distinct_names,
+    read_cohort,
+    read_features,
+)
+from cytoray.mil.folds import Fold, final_fold, fold_problems, make_folds
+from cytoray.mil.selection import best_by_fold, over_folds
+from cytoray.mil.space import (
+    Axis,
+    Candidate,
+    candidates_of,
+    changed_fields,
+    configs_of,
+    draws,
+    flat_config,
+    grid,
+    read_axes,
+)
+from cytoray.models.encoder import load_encoder
 from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
+from cytoray.report.leaderboard import write_leaderboard
 from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import SLIDE_SCHEMA, read_slide_table
 from cytoray.streaming.plan import ReadPlan
-from cytoray.tracking import Tracker
+from cytoray.tracking import ChildRun, ChildRuns, Tracker, patiently
 from pipelines.embed import index_plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train every aggregator with every LoRA rank, keep the best by validation, test it once.
+    """Train heads in batch, choose by validation alone, test the chosen one on held-out slides.
 
     Attributes:
-        bags: folder of bags written by `cytoray embed` (`.../bags`).
+        bags: folders of bags written by `cytoray embed` (`.../bags`), one an encoder to compare.
         index: folder written by `cytoray index`: labels, splits, patients, and the slides.
-        encoder: the encoder that made the bags (trials with a LoRA rank adapt it).
         out: folder of this run.
-        label: label column of the manifest.
+        encoder: the encoders that made the bags, in their order; trials with a LoRA rank adapt
+            them. May be left out where all ranks are 0.
+        label: label columns of the manifest; several are learnt at once, one task each, and may be
+            missing for some slides.
+        group: a further column that may not straddle training and test, e.g. the source image.
         aggregators: names to try.
         lora_ranks: ranks to try; 0 leaves the encoder frozen.
-        lrs: learning rates of the aggregator to try.
+        lrs: learning rates of the aggregator to try; default: `mil.lr`.
+        weight_decays: weight decays of the aggregator to try; default: `mil.weight_decay`.
+        space: a YAML file with any fields of a trial and the values to try: lists, or ranges
+            (`lr: {min: 1e-5, max: 1e-3, log: true}`); it wins over the flags above.
+        search: try every combination, or `num_samples` at random.
+        num_samples: of a random search.
+        published: start from the learning rate, weight decay, ... each aggregator was published
+            with.
         mil: everything else of a trial.
         lora_epochs: epochs end to end of trials with a LoRA rank; before them the head learns on
             the frozen features for `mil.epochs`.
+        asha: end trials early that are worse than others of their fold at the same epoch.
+        grace_epochs: epochs every trial gets before `asha` compares it.
+        reduction: at each rung of `asha` one trial in so many goes on.
+        folds: cross-validate by patient in so many folds, each held out once; 0: the manifest's
+            `split`, or one split by fractions where it has none.
         val_fraction: share of the training patients held back to choose the epoch and the trial.
-        test_fraction: share of the patients to test on, where the manifest has no `split`.
-        seed: of the split.
+        test_fraction: share of the patients to test on, without folds and without `split`.
+        calibrate: report probabilities after temperature scaling, fitted on validation slides.
+        seed: of splits and random search.
         pretrained: for a timm encoder: published weights, else random ones.
-        cpus_per_trial: CPUs of a trial.
-        gpus_per_trial: GPUs of a trial, a fraction packs several on one.
+        cpus_per_trial: CPUs of a trial; a fraction packs several on a core.
+        gpus_per_trial: GPUs of a trial; a fraction packs several on one.
         max_concurrent: trials at a time; 0: as many as fit.
         model_name: name in the MLflow registry.
         tracking_uri: MLflow; default: a SQLite file in the working folder.
+        tracking_wait_s: how long to wait at the end for an MLflow server that is away.
         experiment: MLflow experiment.
-        resume: go on with the grid in `out`; finished trials are not run again.
+        resume: go on with the search in `out`; finished trials are not run again.
         address: a running Ray cluster; default: start one here.
     """
 
-    bags: Path
+    bags: tuple[Path, ...]
     index: Path
-    encoder: str
     out: Path
-    label: str = "label"
+    encoder: tuple[str, ...] = ()
+    label: tuple[str, ...] = ("label",)
+    group: str = ""
     aggregators: tuple[str, ...] = ("mean", "abmil")
     lora_ranks: tuple[int, ...] = (0, 4)
-    lrs: tuple[float, ...] = (5e-4,)
+    lrs: tuple[float, ...] = ()
+    weight_decays: tuple[float, ...] = ()
+    space: Path | None = None
+    search: Literal["grid", "random"] = "grid"
+    num_samples: int = 20
+    published: bool = False
     mil: MILConfig = field(default_factory=MILConfig)
     lora_epochs: int = 10
+    asha: bool = False
+    grace_epochs: int = 5
+    reduction: float = 3.0
+    folds: int = 0
     val_fraction: float = 0.25
     test_fraction: float = 0.25
+    calibrate: bool = False
     seed: int = 0
     pretrained: bool = True
     cpus_per_trial: float = 1.0
@@ -90,269 +131,462 @@ class Config:
     max_concurrent: int = 0
     model_name: str = "cytoray-head"
     tracking_uri: str = ""
+    tracking_wait_s: float = 60.0
     experiment: str = "cytoray"
     resume: bool = False
     address: str | None = None
 
     def __post_init__(self) -> None:
-        lists = {"aggregators": self.aggregators, "lora-ranks": self.lora_ranks, "lrs": self.lrs}
+        lists = {
+            "aggregators": self.aggregators,
+            "lora-ranks": self.lora_ranks,
+            "label": self.label,
+            "bags": self.bags,
+        }
         shares = {"val-fraction": self.val_fraction, "test-fraction": self.test_fraction}
+        counts = {"lora-epochs": self.lora_epochs, "num-samples": self.num_samples,
+                  "grace-epochs": self.grace_epochs}  # fmt: skip
         problems = [f"--{name} needs a value" for name, given in lists.items() if not given]
         problems += [
             f"--{name} must be above 0 and below 1, not {share:g}"
             for name, share in shares.items()
             if not 0 < share < 1
         ]
-        if self.lora_epochs < 1:
-            problems.append(f"--lora-epochs must be 1 or more, not {self.lora_epochs}")
+        problems += [
+            f"--{name} must be 1 or more, not {count}"
+            for name, count in counts.items()
+            if count < 1
+        ]
+        if self.folds < 0 or self.folds == 1:
+            problems.append(f"--folds must be 0 (one split) or 2 and more, not {self.folds}")
+        if self.reduction <= 1:
+            problems.append(f"--reduction must be above 1, not {self.reduction:g}")
         if self.cpus_per_trial <= 0 or self.gpus_per_trial < 0:
             problems.append("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
-        raise_problems("this grid cannot be run:", problems)
+        if len(set(self.label)) < len(self.label):
+            problems.append(f"--label names a column twice: {', '.join(self.label)}")
+        # A named run leaves the paths open; they come as objects of the command line's own.
+        if isinstance(self.bags, tuple) and len(self.encoder) not in (0, len(self.bags)):
+            problems.append(
+                f"--encoder must name one encoder for each of the {len(self.bags)} --bags, not "
+                f"{len(self.encoder)}"
+            )
+        raise_problems("this search cannot be run:", problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search ready to run: what is tried on what.
+
+    Attributes:
+        candidates: what is tried.
+        cohort: the slides.
+        features: their bags, one set an encoder.
+        folds: the folds.
+        encoders: one a feature set, or empty.
+        uses_lora: some trial adapts an encoder.
+    """
+
+    candidates: list[Candidate]
+    cohort: Cohort
+    features: list[FeatureSet]
+    folds: list[Fold]
+    encoders: tuple[str, ...]
+    uses_lora: bool
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run the grid, choose by validation, evaluate on the held-out slides, register the head."""
+    """Run the search, choose by validation, evaluate the held-out slides, register the head."""
     began = time.perf_counter()
-    for name in config.aggregators:
-        choose("aggregator", name, AGGREGATORS)
-    grid = grid_configs(config)
-    store = open_bags(config.bags)
-    cohort = read_cohort(config, store)
-    choice = EncoderChoice(source=config.encoder, pretrained=config.pretrained)
-    _check_encoder(choice, cohort)
-    may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment"}
+    search = prepare(config)
     connect(config.address)
     check_fits(
         [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)],
         hint="ask for less --cpus-per-trial or --gpus-per-trial",
     )
+    may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment",
+                               "tracking_wait_s"}  # fmt: skip
     folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
+    _keep_space(folder, search.candidates)
     tracker = Tracker(config.tracking_uri or None, config.experiment)
     run_id = tracker.start_run(
-        f"tune {config.label}", params=to_plain(config), tags={"cytoray.job": "tune"},
-        key=folder.run_id,
+        f"tune {' '.join(config.label)}", params=to_plain(config),
+        tags={"cytoray.job": "tune"}, key=folder.run_id,
     )  # fmt: skip
-    specs = [trial_spec(mil, folder, tracker, run_id) for mil in grid]
-    uses_lora = any(rank > 0 for rank in config.lora_ranks)
-    settings = SearchSettings(
-        cohort=Shared(cohort),
-        plan=Shared(index_plan(config.index)) if uses_lora else None,
-        encoder=choice,
-        tracking_uri=tracker.uri,
+    specs = trial_specs(search, folder)
+    settings = search_settings(config, search)
+    children = ChildRuns(tracker, run_id, child_runs(search, folder))
+    title = f"tune {len(specs)} trials on {len(search.cohort.slide_ids)} slides"
+    with children, Progress(title) as progress:
+        results, failed = run_search(
+            specs,
+            settings,
+            progress=progress,
+            max_concurrent=config.max_concurrent,
+            halving=Halving(grace_epochs=config.grace_epochs, reduction=config.reduction)
+            if config.asha
+            else None,
+            on_result=lambda result: _finish_child(children, result),
+        )
+        for key, text in failed.items():
+            children.finish(key, "FAILED", tags={"cytoray.error": text[:500]})
+        best = best_by_fold(results)
+        untested = [spec.fold for spec in specs if spec.fold not in best]
+        outcome = None if untested else _test(config, folder, search, specs, settings, results)
+        if outcome is not None and outcome.final is not None:
+            _finish_child(children, outcome.final)
+    behind = children.settle(config.tracking_wait_s)
+    if outcome is None:
+        patiently(lambda: tracker.end_run(run_id, "FAILED"), config.tracking_wait_s)
+        where = f" of {untested[0]}" if untested[0] else ""
+        raise InputError(f"every trial{where} failed", [f"{k}: {v}" for k, v in failed.items()])
+    facts = {"failed": failed, "num_trials": len(specs), "mlflow_run_id": run_id,
+             "mlflow_ui": tracker.ui_command(), "report": str(folder.report_path)}  # fmt: skip
+    summary = _summary(config, folder, search, outcome) | facts
+    _write(config, folder, search, outcome, summary, results)
+    summary["registered_model"] = _register(config, tracker, run_id, folder, search, summary)
+    if behind or not summary["registered_model"]:
+        print(f"MLflow at {tracker.uri} did not take everything; nothing is lost: run the same "
+              "command with --resume once it is back")  # fmt: skip
+    summary["seconds"] = round(time.perf_counter() - began, 1)
+    folder.write_summary(summary)
+    patiently(lambda: _close_parent(tracker, run_id, folder), 0.0 if behind else 10.0)
+    sections = report_sections(folder.path, index_plan(config.index))
+    heading = f"Tuning {', '.join(config.label)}"
+    write_report(folder.report_path, sections, heading, str(folder.path))
+    hidden = ("heldout", "cohort", "classes", "rows", "tasks")
+    summary_table("tune", {k: v for k, v in summary.items() if k not in hidden})
+    return summary
+
+
+def prepare(config: Config) -> Search:
+    """Everything that can be checked before anything is started or written.
+
+    Raises:
+        InputError: trials that cannot be, bags or labels that do not fit, a split that leaks.
+    """
+    for name in config.aggregators:
+        choose("aggregator", name, AGGREGATORS)
+    configs = search_configs(config)
+    names = {mil.aggregator for mil in configs}
+    uses_lora = any(mil.lora_rank > 0 for mil in configs)
+    if uses_lora and not config.encoder:
+        raise InputError("--encoder must name the encoders that trials with a LoRA rank adapt")
+    check_task_support(
+        {name: AGGREGATORS[name].multi_task for name in sorted(names)},
+        dict.fromkeys(config.label, ()),
+    )
+    stores = [open_bags(folder) for folder in config.bags]
+    cohort = read_cohort(config.index / "slides.parquet", config.label, stores, config.group)
+    shares = {"val_fraction": config.val_fraction, "seed": config.seed}
+    folds = make_folds(
+        cohort.labels,
+        cohort.groups,
+        folds=config.folds,
+        test_fraction=config.test_fraction,
+        split=cohort.split,
+        leak_columns=cohort.leak_columns,
+        **shares,
+    )
+    every = [*folds, final_fold(cohort.labels, cohort.groups, **shares)] if config.folds else folds
+    raise_problems(
+        "these slides cannot be searched on:",
+        [problem for fold in every for problem in fold_problems(fold, cohort.labels, cohort.tasks)],
+    )
+    two_scales = any(AGGREGATORS[name].num_scales == 2 for name in names)
+    features = [read_features(store, cohort.slide_ids, coarse=two_scales) for store in stores]
+    shown = distinct_names([entry.name for entry in features])
+    features = [replace(entry, name=name) for entry, name in zip(features, shown, strict=True)]
+    encoders = tuple(str(Path(e).resolve()) if Path(e).is_dir() else e for e in config.encoder)
+    _check_encoders(encoders, config.pretrained, features)
+    return Search(
+        candidates=candidates_of(configs, [entry.encoder_id for entry in features]),
+        cohort=cohort,
+        features=features,
+        folds=every,
+        encoders=encoders or ("",) * len(features),
+        uses_lora=uses_lora,
+    )
+
+
+def search_configs(config: Config) -> list[MILConfig]:
+    """The trials, each once.
+
+    Raises:
+        InputError: values no trial can have.
+    """
+    axes: dict[str, Axis] = {"aggregator": config.aggregators, "lora_rank": config.lora_ranks}
+    axes |= {"lr": config.lrs} if config.lrs else {}
+    axes |= {"weight_decay": config.weight_decays} if config.weight_decays else {}
+    axes |= read_axes(config.space) if config.space else {}
+    many = config.search == "random"
+    points = draws(axes, config.num_samples, config.seed) if many else grid(axes)
+    return configs_of(
+        points, config.mil, published=config.published, lora_epochs=config.lora_epochs
+    )
+
+
+def _check_encoders(
+    encoders: tuple[str, ...], pretrained: bool, features: list[FeatureSet]
+) -> None:
+    problems = []
+    for source, made in zip(encoders, features if encoders else [], strict=True):
+        encoder_id = load_encoder(source, pretrained=pretrained).encoder_id
+        if encoder_id != made.encoder_id:
+            problems.append(
+                f"the bags were made by encoder {made.encoder_id}, --encoder {source} is "
+                f"{encoder_id}; embed again, or name the encoder that made them"
+            )
+    raise_problems("bags and encoders do not belong together:", problems)
+
+
+def _keep_space(folder: RunFolder, candidates: list[Candidate]) -> None:
+    """Keep what is tried; a resumed run must try the same (the file of the space may change).
+
+    Raises:
+        InputError: it does not.
+    """
+    path, keys = folder.path / "candidates.json", [c.key for c in candidates]
+    if not path.exists():
+        atomic_write_text(path, json.dumps(keys, indent=1) + "\n")
+        return
+    if json.loads(path.read_text(encoding="utf-8")) != keys:
+        raise InputError(
+            f"{folder.path} was started with another search space or other bags; undo the change "
+            "to resume it, or choose another --out"
+        )
+
+
+def trial_specs(search: Search, folder: RunFolder) -> list[TrialSpec]:
+    """Every candidate on every fold, with names and folders that are the same on resume."""
+    return [
+        _spec(candidate, fold, folder)
+        for fold in search.folds
+        if fold.name != "final"
+        for candidate in search.candidates
+    ]
+
+
+def _spec(candidate: Candidate, fold: Fold, folder: RunFolder) -> TrialSpec:
+    key = "-".join(filter(None, (candidate.key, fold.name)))
+    return TrialSpec(
+        key=key,
+        candidate=candidate.key,
+        config=candidate.config,
+        encoder=candidate.encoder,
+        fold=fold.name,
+        folder=str(folder.path / "trials" / key),
+    )
+
+
+def search_settings(config: Config, search: Search) -> SearchSettings:
+    """What all trials share, in the object store."""
+    return SearchSettings(
+        cohort=Shared(search.cohort),
+        folds={fold.name: fold for fold in search.folds},
+        features=tuple(Shared(entry) for entry in search.features),
+        encoders=search.encoders,
+        pretrained=config.pretrained,
+        plan=Shared(index_plan(config.index)) if search.uses_lora else None,
         cpus_per_trial=config.cpus_per_trial,
         gpus_per_trial=config.gpus_per_trial,
-        extra={"label": config.label, "bags": str(config.bags)},
+        extra={"label": " ".join(config.label), "bags": [str(bags) for bags in config.bags]},
     )
-    with Progress(f"tune {len(specs)} trials on {len(cohort.slide_ids)} slides") as progress:
-        results, failed = run_grid(
-            specs, settings, folder.path, progress=progress, max_concurrent=config.max_concurrent
-        )
-    _close_children(tracker, specs, results, failed)
-    if not results:
-        tracker.end_run(run_id, "FAILED")
-        raise InputError("every trial failed", [f"{k}: {v}" for k, v in failed.items()])
-    best = best_result(results)
-    answers = predict_part(_spec_of(specs, best).folder / Path("head"), settings, "test")
-    return _finish(
-        config, folder, tracker, run_id, cohort, specs, results, failed, best, answers,
-        time.perf_counter() - began,
-    )  # fmt: skip
 
 
-def read_cohort(config: Config, store: BagStore) -> Cohort:
-    """Labels, patients and parts of the slides that have a bag and a label.
+def child_runs(search: Search, folder: RunFolder) -> list[ChildRun]:
+    """The MLflow runs there may be: one a trial, made when it begins."""
+    made = []
+    for fold in search.folds:
+        for candidate in search.candidates:
+            spec = _spec(candidate, fold, folder)
+            facts = {"encoder": search.features[spec.encoder].name, "fold": spec.fold or "all"}
+            made.append(
+                ChildRun(
+                    key=f"{folder.run_id}:{spec.key}",
+                    name=spec.key,
+                    folder=Path(spec.folder),
+                    params=to_plain(spec.config) | facts,
+                    tags={"cytoray.job": "trial", "cytoray.candidate": spec.candidate},
+                )
+            )
+    return made
 
-    Raises:
-        InputError: no such label column, fewer than two classes, a split that leaks a patient.
+
+def _finish_child(children: ChildRuns, result: dict[str, Any]) -> None:
+    metrics = {f"best_{name}": value for name, value in result["val"].items()}
+    tags = {"cytoray.stopped": "early"} if result["stopped"] else {}
+    children.finish(result["key"], "FINISHED", metrics, tags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the search came to.
+
+    Attributes:
+        best: the chosen result by fold.
+        rows: one a candidate, best first; see `over_folds`.
+        chosen: the candidate best over all folds.
+        final: the result of the head trained on all slides, where there are folds.
+        answers: on the held-out slides.
+        tests: what a paper reports, by task.
     """
-    slides = read_slide_table(config.index / "slides.parquet")
-    labels_there = [name for name in slides.column_names if name not in SLIDE_SCHEMA.names]
-    choose("label column", config.label, labels_there)
-    rows = [
-        row
-        for row in slides.to_pylist()
-        if row["status"] == "ok" and row[config.label] is not None and row["slide_id"] in store
-    ]
-    names = sorted({str(row[config.label]) for row in rows})
-    if len(names) < 2:
-        raise InputError(
-            f"label {config.label!r} has {len(names)} class(es) among the {len(rows)} slides that "
-            "have a bag; two are needed"
-        )
-    labels = np.array([names.index(str(row[config.label])) for row in rows], dtype=np.int64)
-    patients = [row["patient_id"] for row in rows]
-    ids = [row["slide_id"] for row in rows]
-    features, tile_ids = read_features(store, ids)
-    return Cohort(
-        slide_ids=ids,
-        labels=labels,
-        patients=patients,
-        parts=_parts(config, rows, labels, np.array(patients)),
-        classes=tuple(names),
-        features=features,
-        tile_ids=tile_ids,
-        encoder_id=store.info(ids[0]).meta.encoder_id,
-    )
+
+    best: dict[str, Any]
+    rows: list[dict[str, Any]]
+    chosen: Candidate
+    final: dict[str, Any] | None
+    answers: Answers
+    tests: dict[str, dict[str, Any]]
 
 
-def _parts(
-    config: Config, rows: list[dict[str, Any]], labels: np.ndarray, patients: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The manifest's split where it has one (a validation part is cut from train), else ours."""
-    given = [row["split"] for row in rows]
-    if not any(given):
-        rest = 1.0 - config.test_fraction
-        fractions = (rest * (1 - config.val_fraction), rest * config.val_fraction,
-                     config.test_fraction)  # fmt: skip
-        return train_val_test(labels, patients, fractions, config.seed)._asdict()
-    split = train_val_test(labels, patients, split=given)
-    problems = [f"no slide in split `{name}`" for name in ("train", "test")
-                if not len(getattr(split, name))]  # fmt: skip
-    raise_problems("the manifest's `split` column cannot be used:", problems)
-    train, val = split.train, split.val
-    if not len(val):
-        cut = train_val_test(
-            labels[train], patients[train], (1 - config.val_fraction, config.val_fraction, 0.0),
-            config.seed,
-        )  # fmt: skip
-        train, val = train[cut.train], train[cut.val]
-    parts = {"train": train, "val": val, "test": split.test}
-    check_no_leak(patients, parts)
-    return parts
-
-
-def _check_encoder(choice: EncoderChoice, cohort: Cohort) -> None:
-    encoder_id = choice.load().encoder_id
-    if encoder_id != cohort.encoder_id:
-        raise InputError(
-            f"the bags were made by encoder {cohort.encoder_id}, --encoder {choice.source} is "
-            f"{encoder_id}; embed again, or name the encoder that made them"
-        )
-
-
-def grid_configs(config: Config) -> list[MILConfig]:
-    """Every combination once.
-
-    Raises:
-        InputError: a value no trial can have.
-    """
-    trials = []
-    grid = itertools.product(config.aggregators, config.lora_ranks, config.lrs)
-    for aggregator, rank, lr in dict.fromkeys(grid):
-        mil = replace(config.mil, aggregator=aggregator, lora_rank=rank, lr=lr)
-        if rank > 0:
-            mil = replace(mil, epochs=config.lora_epochs, warm_start_epochs=config.mil.epochs)
-        trials.append(mil)
-    return trials
-
-
-def trial_spec(
-    mil: MILConfig, folder: RunFolder, tracker: Tracker, parent_run_id: str
-) -> TrialSpec:
-    """A trial with a name, a folder and an MLflow run that are the same on resume."""
-    text = json.dumps(to_plain(mil), sort_keys=True)
-    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    key = f"{mil.aggregator}-r{mil.lora_rank}-lr{mil.lr:g}-{digest}"
-    run_id = tracker.start_run(
-        key,
-        params=to_plain(mil),
-        tags={"cytoray.job": "trial"},
-        parent_run_id=parent_run_id,
-        key=f"{folder.run_id}:{key}",
-    )
-    place = str(folder.path / "trials" / key)
-    return TrialSpec(key=key, config=mil, folder=place, run_id=run_id)
-
-
-def _spec_of(specs: list[TrialSpec], result: dict[str, Any]) -> Any:
-    spec = next(spec for spec in specs if spec.key == result["key"])
-    return replace(spec, folder=Path(spec.folder))  # type: ignore[arg-type]
-
-
-def _close_children(
-    tracker: Tracker,
-    specs: list[TrialSpec],
-    results: list[dict[str, Any]],
-    failed: dict[str, str],
-) -> None:
-    done = {result["key"] for result in results}
-    for spec in specs:
-        tracker.end_run(spec.run_id, "FINISHED" if spec.key in done else "FAILED")
-        if spec.key in failed:
-            tracker.set_tags(spec.run_id, {"cytoray.error": failed[spec.key][:500]})
-
-
-def _finish(
+def _test(
     config: Config,
     folder: RunFolder,
-    tracker: Tracker,
-    run_id: str,
-    cohort: Cohort,
+    search: Search,
     specs: list[TrialSpec],
+    settings: SearchSettings,
     results: list[dict[str, Any]],
-    failed: dict[str, str],
-    best: dict[str, Any],
-    answers: HeldOut,
-    seconds: float,
-) -> dict[str, Any]:
-    test = cohort.parts["test"]
-    labels = cohort.labels[test]
-    patients = np.array(cohort.patients)[test]
-    binary = len(cohort.classes) == 2
-    scores = answers.probabilities[:, 1] if binary else answers.probabilities
-    interval = bootstrap_ci(labels, scores, patients, "auc", n=1000, seed=config.seed)
-    metrics = evaluate_scores(labels, answers.probabilities)
-    source = Path(_spec_of(specs, best).folder) / "head"
-    shutil.copytree(source, folder.path / "head", dirs_exist_ok=True)
-    version = tracker.register_model(
-        run_id,
-        config.model_name,
-        folder.path / "head",
-        tags={"auc_heldout": f"{interval.point:.4f}", "encoder_id": cohort.encoder_id},
-        description=f"{best['key']}, chosen by validation AUC",
+) -> Outcome:
+    """Test each fold's chosen trial; train the head to hand out, where there are folds."""
+    best = best_by_fold(results)
+    rows = over_folds(results, len(best))
+    answers = answer_held_out(best, specs, settings, search.cohort)
+    chosen = next(c for c in search.candidates if c.key == rows[0]["candidate"])
+    head = _spec(chosen, search.folds[-1], folder)
+    final = run_one(head, settings) if config.folds else None
+    shutil.copytree(Path(head.folder) / "head", folder.path / "head", dirs_exist_ok=True)
+    tests = assess_answers(answers, search.cohort, calibrate=config.calibrate, seed=config.seed)
+    return Outcome(
+        best=dict(best), rows=rows, chosen=chosen, final=final, answers=answers, tests=tests
     )
-    _write_predictions(folder, cohort, answers)
-    finite = {f"heldout_{name}": value for name, value in metrics.items() if value == value}
-    tracker.log_metrics(
-        run_id, finite | {"auc_heldout": interval.point, "auc_heldout_low": interval.low,
-                          "auc_heldout_high": interval.high}
-    )  # fmt: skip
-    summary = {
-        "best": best["key"],
-        "val_auc": best["val"]["auc"],
+
+
+def _summary(config: Config, folder: RunFolder, search: Search, outcome: Outcome) -> dict[str, Any]:
+    cohort, answers = search.cohort, outcome.answers
+    tables = answers.scaled if config.calibrate else answers.probabilities
+    labels = [column[answers.indices] for column in cohort.task_labels().values()]
+    pairs = list(zip(labels, tables, strict=True))
+    interval = mean_auc(pairs, cohort.groups[answers.indices], seed=config.seed)
+    first = next(iter(outcome.tests.values()))
+    folds = [fold for fold in search.folds if fold.name != "final"]
+    return {
+        "best": outcome.chosen.key,
+        "encoder": search.features[outcome.chosen.encoder].name,
+        "val_auc": outcome.rows[0]["val_auc"],
+        "val_auc_ci": [outcome.rows[0]["val_auc_low"], outcome.rows[0]["val_auc_high"]],
         "auc_heldout": interval.point,
         "auc_ci": [interval.low, interval.high],
-        "heldout": metrics,
-        "cohort": cohort_facts(cohort),
-        "classes": list(cohort.classes),
-        "num_heldout": len(test),
-        "num_trials": len(specs),
-        "failed": failed,
+        "auc_over_folds": first["over_folds"].get("auc"),
+        "heldout": {name: entry["point"] for name, entry in first["metrics"].items()},
+        "tasks": {task: entry["metrics"]["auc"] for task, entry in outcome.tests.items()},
+        "chosen": {fold: result["key"] for fold, result in outcome.best.items()},
+        "temperatures": answers.temperatures,
+        "cohort": cohort_facts(cohort, folds),
+        "classes": list(next(iter(cohort.tasks.values()))),
+        "num_heldout": len(answers.indices),
+        "num_candidates": len(search.candidates),
         "head": str(folder.path / "head"),
-        "registered_model": f"{config.model_name} version {version}",
-        "mlflow_run_id": run_id,
-        "mlflow_ui": tracker.ui_command(),
-        "report": str(folder.report_path),
-        "seconds": round(seconds, 1),
+        "leaderboard": str(folder.path / "leaderboard.html"),
     }
-    folder.write_summary(summary)
+
+
+def _write(
+    config: Config,
+    folder: RunFolder,
+    search: Search,
+    outcome: Outcome,
+    summary: dict[str, Any],
+    results: list[dict[str, Any]],
+) -> None:
+    """`heldout.json`, `leaderboard.html`, `.csv` and `.json`."""
+    rows = answer_rows(outcome.answers, search.cohort, calibrate=config.calibrate)
+    atomic_write_text(folder.path / "heldout.json", json.dumps(json_ready(rows)) + "\n")
+    by_key = {candidate.key: candidate for candidate in search.candidates}
+    changed = changed_fields([candidate.config for candidate in search.candidates])
+    shown = list(dict.fromkeys(["aggregator", "lora_rank", "lr", *changed]))
+    chosen = [result["candidate"] for result in outcome.best.values()]
+    table = []
+    for row in outcome.rows:
+        candidate = by_key[row["candidate"]]
+        flat = flat_config(candidate.config)
+        table.append(
+            {"candidate": row["candidate"], "encoder": search.features[candidate.encoder].name}
+            | {name: flat.get(name) for name in shown}
+            | {name: value for name, value in row.items() if name != "candidate"}
+            | {"chosen_in": chosen.count(row["candidate"])}
+        )
+    write_leaderboard(
+        folder.path,
+        {
+            "label": ", ".join(config.label),
+            "best": outcome.chosen.key,
+            "encoders": [entry.name for entry in search.features],
+            "settings": shown,
+            "cohort": summary["cohort"],
+            "left_out": search.cohort.left_out,
+            "rows": table,
+            "chosen": summary["chosen"],
+            "tests": outcome.tests,
+            "temperatures": summary["temperatures"],
+            "failed": summary["failed"],
+            "num_folds": len(outcome.best),
+            "trial_seconds": sum(result["seconds"] for result in results),
+        },
+    )
+
+
+def _register(
+    config: Config,
+    tracker: Tracker,
+    run_id: str,
+    folder: RunFolder,
+    search: Search,
+    summary: dict[str, Any],
+) -> str:
+    """Metrics and head in MLflow: the model and its version, or nothing while it is away."""
+    metrics = {f"heldout_{name}": value for name, value in summary["heldout"].items()}
+    metrics |= {"auc_heldout": summary["auc_heldout"]}
+    low, high = summary["auc_ci"]
+    metrics |= {"auc_heldout_low": low, "auc_heldout_high": high}
+    finite = {name: value for name, value in metrics.items() if value == value}
+    features = search.features[0] if len(search.features) == 1 else next(
+        entry for entry in search.features if entry.name == summary["encoder"]
+    )  # fmt: skip
+    tags = {"auc_heldout": f"{summary['auc_heldout']:.4f}", "encoder_id": features.encoder_id}
+
+    def send() -> str:
+        tracker.log_metrics(run_id, finite)
+        text = f"{summary['best']}, chosen by validation AUC"
+        head = folder.path / "head"
+        return tracker.register_model(run_id, config.model_name, head, tags, text)
+
+    version = patiently(send, config.tracking_wait_s)
+    return f"{config.model_name} version {version}" if version else ""
+
+
+def _close_parent(tracker: Tracker, run_id: str, folder: RunFolder) -> None:
     tracker.log_artifact(run_id, folder.summary_path)
+    tracker.log_artifact(run_id, folder.path / "leaderboard.json")
     tracker.end_run(run_id, "FINISHED")
-    sections = report_sections(folder.path, index_plan(config.index))
-    write_report(folder.report_path, sections, f"Tuning {config.label}", str(folder.path))
-    shown = {k: v for k, v in summary.items() if k not in ("heldout", "cohort", "classes")}
-    summary_table("tune", shown)
-    return summary
 
 
 def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
     """The report's sections of a finished run, from its files alone."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    results = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((out / "trials").glob("*/result.json"))
-    ]
+    board = json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
     rows = json.loads((out / "heldout.json").read_text(encoding="utf-8"))
+    rows = [row for row in rows if row["label"] is not None]
+    results = [
+        {
+            "key": row["candidate"],
+            "config": {name: row[name] for name in ("aggregator", "lora_rank", "lr")},
+            "val": {"auc": row["val_auc"], "accuracy": row["val_accuracy"]},
+            "best_epoch": row["best_epoch"],
+            "seconds": row["seconds"],
+        }
+        for row in board["rows"]
+    ]
     classes = summary["classes"]
     held_out = {
         "labels": np.array([classes.index(row["label"]) for row in rows]),
@@ -361,35 +595,11 @@ def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
         "classes": classes,
     }
     sections = tune_sections(results, summary, held_out)
-    attention = attention_section(plan, rows, classes[-1])
+    try:
+        attention = attention_section(plan, rows, classes[-1])
+    except (SlideError, OSError) as error:
+        attention = {"title": "Attention", "text": f"No picture: {error}"}
     return sections + ([attention] if attention else [])
-
-
-def cohort_facts(cohort: Cohort) -> dict[str, Any]:
-    """What the report says of the slides."""
-    return {
-        "slides": len(cohort.slide_ids),
-        "patients": len(set(cohort.patients)),
-        "classes": ", ".join(cohort.classes),
-    } | {f"{name} slides": len(indices) for name, indices in cohort.parts.items()}
-
-
-def _write_predictions(folder: RunFolder, cohort: Cohort, answers: HeldOut) -> None:
-    rows = []
-    for place, i in enumerate(cohort.parts["test"]):
-        rows.append(
-            {
-                "slide_id": cohort.slide_ids[i],
-                "patient_id": cohort.patients[i],
-                "label": cohort.classes[cohort.labels[i]],
-                "probabilities": dict(
-                    zip(cohort.classes, answers.probabilities[place].tolist(), strict=True)
-                ),
-                "attention": answers.attention[place].astype(float).round(6).tolist(),
-                "tile_ids": list(cohort.tile_ids[i]),
-            }
-        )
-    atomic_write_text(folder.path / "heldout.json", json.dumps(json_ready(rows)) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def through_yaml(config: Any) -> Any:
         ),
         embed.Config(index=Path("i"), encoder="vit_tiny_patch16_224", out=Path("o")),
         tune.Config(
-            bags=Path("b"),
+            bags=(Path("b"),),
             index=Path("i"),
-            encoder="e",
+            encoder=("e",),
             out=Path("o"),
             lrs=(1e-5, 1),
             mil=MILConfig(options={"hidden_dim": 8}, lora_targets=("q",)),

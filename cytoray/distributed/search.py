@@ -1,231 +1,144 @@
-"""A grid of MIL trials on Ray Tune: data shared by the trials, each finished one kept for good."""
+"""A search of MIL trials: a pool of actors, Ray Tune's early stopping, finished trials kept."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import threading
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from cytoray.config import to_plain
-from cytoray.distributed.cluster import Shared
-from cytoray.distributed.embed import EncoderChoice
-from cytoray.io import atomic_write_text
-from cytoray.mil import (
-    BagStore,
-    LabelledBag,
-    MILConfig,
-    MILHead,
-    MILResult,
-    embed_tiles,
-    load_head,
-    predict,
-    save_head,
-    train_frozen,
-    train_lora,
+from cytoray.distributed.pool import EPOCH, METRIC, Pool, pool_size
+from cytoray.distributed.trials import (
+    HeldOut,
+    SearchSettings,
+    TrialSpec,
+    predict_slides,
+    read_result,
+    run_trial,
 )
-from cytoray.plain import json_ready
+from cytoray.mil.selection import best_result
 from cytoray.progress import Progress
-from cytoray.streaming.plan import ReadPlan
-from cytoray.streaming.tile_pixels import BagTiles
-from cytoray.tracking import RunLogger
-
-# Our own progress display stands for Tune's tables.
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cohort:
-    """Labelled slides and their bags, read once and shared by the trials of a node.
+class Halving:
+    """Asynchronous successive halving (ASHA): at each rung the worse trials of a fold end.
 
     Attributes:
-        slide_ids: N slides.
-        labels: int64 (N,), index into `classes`.
-        patients: N patient ids.
-        parts: `train`, `val`, `test` -> int64 indices into the slides.
-        classes: class names.
-        features: (N_i, D) float16 of each slide.
-        tile_ids: tile ids of each slide, in bag order.
-        encoder_id: the encoder that made the features.
+        grace_epochs: epochs before the first rung.
+        reduction: one in so many goes on; rungs are so many times apart.
     """
 
-    slide_ids: list[str]
-    labels: np.ndarray
-    patients: list[str]
-    parts: dict[str, np.ndarray]
-    classes: tuple[str, ...]
-    features: list[np.ndarray]
-    tile_ids: list[tuple[str, ...]]
-    encoder_id: str
+    grace_epochs: int = 5
+    reduction: float = 3.0
 
-    def bags(self, part: str) -> list[LabelledBag]:
-        """Bags of one part."""
-        return [
-            LabelledBag(self.slide_ids[i], self.features[i], int(self.labels[i]))
-            for i in self.parts[part]
-        ]
-
-    def ids(self, part: str) -> list[str]:
-        return [self.slide_ids[i] for i in self.parts[part]]
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs, below the last, at which a trial is compared."""
+        made, at = [], float(self.grace_epochs)
+        while at < epochs:
+            made.append(math.ceil(at))
+            at *= self.reduction
+        return made
 
 
-def read_features(store: BagStore, slide_ids: list[str]) -> tuple[list[np.ndarray], list[Any]]:
-    """Features float16 and tile ids of the slides, in order."""
-    bags = [store.read(slide_id, dtype=np.float16) for slide_id in slide_ids]
-    return [bag.features for bag in bags], [bag.tile_ids for bag in bags]
+class AshaByGroup:
+    """One Ray Tune `AsyncHyperBandScheduler` a fold and length: only trials that compare are
+    compared.
 
-
-@dataclass(frozen=True, kw_only=True)
-class TrialSpec:
-    """One trial: what it trains and where its result goes.
-
-    Attributes:
-        key: stable name, made of what the trial is.
-        config: the trial.
-        folder: its folder inside the run.
-        run_id: its MLflow run.
+    Args:
+        specs: by key.
+        halving: the rungs.
+        finished: results of trials that are done already; their course counts at the rungs.
     """
 
-    key: str
-    config: MILConfig
-    folder: str
-    run_id: str
+    def __init__(
+        self, specs: Mapping[str, TrialSpec], halving: Halving, finished: Sequence[Mapping] = ()
+    ) -> None:
+        self._specs, self._halving = dict(specs), halving
+        self._groups: dict[tuple[str, int], AsyncHyperBandScheduler] = {}
+        self._trials = {key: _Known(key) for key in specs}
+        for result in finished:
+            self._replay(result)
 
+    def rungs(self, epochs: int) -> list[int]:
+        """Epochs at which a trial is compared."""
+        return self._halving.rungs(epochs)
 
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """What all trials share.
+    def add(self, key: str) -> None:
+        """A trial begins (again)."""
+        self._group(key).on_trial_add(None, self._trial(key))  # type: ignore[arg-type]
 
-    Attributes:
-        cohort: the `Cohort`.
-        plan: the `ReadPlan`; None without LoRA trials.
-        encoder: the encoder LoRA trials adapt.
-        tracking_uri: MLflow.
-        cpus_per_trial, gpus_per_trial: resources of a trial.
-        extra: kept with each head.
-    """
-
-    cohort: Shared
-    plan: Shared | None
-    encoder: EncoderChoice
-    tracking_uri: str
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-def run_trial(spec: TrialSpec, settings: SearchSettings, on_epoch: Any = None) -> dict[str, Any]:
-    """Train one trial, save its head, and write `result.json` last.
-
-    Returns:
-        `key`, `config`, `val` metrics, `best_epoch`, `history`, `seconds`, `run_id`.
-    """
-    began = time.perf_counter()
-    device = torch.device(
-        "cuda" if settings.gpus_per_trial and torch.cuda.is_available() else "cpu"
-    )
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(settings.cpus_per_trial)))
-    cohort: Cohort = settings.cohort.get()
-    folder = Path(spec.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with RunLogger(settings.tracking_uri, spec.run_id, folder / "mlflow-pending.jsonl") as logger:
-
-        def each_epoch(record: dict[str, float]) -> None:
-            epoch = int(record["epoch"])
-            logger.log({k: v for k, v in record.items() if math.isfinite(v)}, epoch)
-            if on_epoch is not None:
-                on_epoch(record)
-
-        result = _train(spec.config, cohort, settings, each_epoch, device)
-        logger.log({f"best_{k}": v for k, v in result.val_metrics.items() if v == v}, 0)
-    save_head(
-        folder / "head",
-        result,
-        classes=cohort.classes,
-        encoder_id=cohort.encoder_id,
-        encoder_name=settings.encoder.source,
-        extra=settings.extra,
-    )
-    outcome = {
-        "key": spec.key,
-        "config": to_plain(spec.config),
-        "val": result.val_metrics,
-        "val_loss": _best(result, "val_loss"),
-        "best_epoch": result.best_epoch,
-        "history": result.history,
-        "seconds": round(time.perf_counter() - began, 2),
-        "run_id": spec.run_id,
-    }
-    atomic_write_text(folder / "result.json", json.dumps(json_ready(outcome), indent=1) + "\n")
-    return outcome
-
-
-def _best(result: MILResult, name: str) -> float:
-    return next(r[name] for r in result.history if r["epoch"] == result.best_epoch)
-
-
-def _train(
-    config: MILConfig,
-    cohort: Cohort,
-    settings: SearchSettings,
-    on_epoch: Any,
-    device: torch.device,
-) -> MILResult:
-    classes = len(cohort.classes)
-    if config.lora_rank == 0:
-        return train_frozen(
-            config, cohort.bags("train"), cohort.bags("val"), classes, on_epoch, device=device
+    def goes_on(self, key: str, values: Mapping[str, Any]) -> bool:
+        """Whether a trial that got so far goes on."""
+        decision = self._group(key).on_trial_result(
+            None,  # type: ignore[arg-type]
+            self._trial(key),
+            dict(values),
         )
-    return train_lora(
-        config,
-        settings.encoder.load(),
-        tile_source(cohort, settings),
-        cohort.ids("train"),
-        cohort.labels[cohort.parts["train"]].tolist(),
-        cohort.ids("val"),
-        cohort.labels[cohort.parts["val"]].tolist(),
-        classes,
-        on_epoch,
-        frozen_features=dict(zip(cohort.slide_ids, cohort.features, strict=True)),
-        device=device,
-    )
+        return decision != TrialScheduler.STOP
+
+    def _trial(self, key: str) -> Any:
+        return self._trials[key]
+
+    def _group(self, key: str) -> AsyncHyperBandScheduler:
+        spec = self._specs[key]
+        name = (spec.fold, spec.config.epochs)
+        if name not in self._groups:
+            self._groups[name] = AsyncHyperBandScheduler(
+                time_attr=EPOCH,
+                metric=METRIC,
+                mode="max",
+                max_t=spec.config.epochs,
+                grace_period=min(self._halving.grace_epochs, spec.config.epochs),
+                reduction_factor=self._halving.reduction,
+            )
+        return self._groups[name]
+
+    def _replay(self, result: Mapping[str, Any]) -> None:
+        """Enter a finished trial's best so far at every rung it passed."""
+        key, best = result["key"], -1.0
+        self.add(key)
+        rungs = self.rungs(self._specs[key].config.epochs)
+        for record in result["history"]:
+            best = max(best, record["val_auc"] if record["val_auc"] is not None else -1.0)
+            if record["epoch"] in rungs:
+                self.goes_on(key, {EPOCH: record["epoch"], METRIC: best})
 
 
-def tile_source(cohort: Cohort, settings: SearchSettings) -> BagTiles:
-    """Tiles of the cohort's bags, read from the slides."""
-    assert settings.plan is not None, "trials that adapt the encoder need the slides"
-    plan: ReadPlan = settings.plan.get()
-    names = {s: list(t) for s, t in zip(cohort.slide_ids, cohort.tile_ids, strict=True)}
-    return BagTiles(plan, names)
+@dataclass(frozen=True)
+class _Known:
+    """What the scheduler needs of a trial."""
+
+    trial_id: str
 
 
-def _trainable(config: dict[str, Any], settings: SearchSettings) -> None:
-    def report(record: dict[str, float]) -> None:
-        tune.report({"val_auc": record["val_auc"], "epoch": record["epoch"]})
+class ShowTrials:
+    """Counts finished trials on the progress display, by the results they leave.
 
-    outcome = run_trial(config["spec"], settings, report)
-    tune.report({"val_auc": outcome["val"]["auc"], "epoch": outcome["best_epoch"]})
+    Args:
+        progress: the display.
+        specs: all trials.
+        on_result: called once with each result, as it appears.
+    """
 
-
-class _ShowTrials:
-    """Counts finished trials on the progress display, by the results they leave."""
-
-    def __init__(self, progress: Progress, specs: list[TrialSpec]) -> None:
-        self._progress, self._specs = progress, specs
+    def __init__(
+        self,
+        progress: Progress,
+        specs: Sequence[TrialSpec],
+        on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+    ) -> None:
+        self._progress, self._specs, self._on_result = progress, specs, on_result
+        self._done: dict[str, dict[str, Any]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self) -> _ShowTrials:
+    def __enter__(self) -> ShowTrials:
         self._show()
         self._thread.start()
         return self
@@ -236,121 +149,83 @@ class _ShowTrials:
         self._show()
 
     def _follow(self) -> None:
-        while not self._stop.wait(2.0):
+        while not self._stop.wait(1.0):
             self._show()
 
     def _show(self) -> None:
-        done = [result for spec in self._specs if (result := read_result(spec)) is not None]
+        for spec in self._specs:
+            if spec.key not in self._done and (result := read_result(spec.folder)) is not None:
+                self._done[spec.key] = result
+                self._on_result(result)
         detail = ""
-        if done:
-            best = best_result(done)
+        if self._done:
+            best = best_result(list(self._done.values()))
             detail = f"best so far {best['key']}, val AUC {best['val'].get('auc') or 0:.3f}"
-        self._progress.update("trials", len(done), len(self._specs), "trials", detail=detail)
+        self._progress.update("trials", len(self._done), len(self._specs), "trials", detail=detail)
 
 
-def run_grid(
-    specs: list[TrialSpec],
+def run_search(
+    specs: Sequence[TrialSpec],
     settings: SearchSettings,
-    out: Path,
     *,
     progress: Progress,
     max_concurrent: int = 0,
+    halving: Halving | None = None,
+    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Run every trial that has no result yet.
 
     Args:
-        specs: the whole grid.
+        specs: the whole search.
         settings: shared by the trials.
-        out: the run folder.
         progress: shown while it runs.
         max_concurrent: trials at a time; 0: as many as the resources allow.
+        halving: end bad trials early; None: all run to their end.
+        on_result: called once with each result, as it appears, from another thread.
 
     Returns:
-        results of all finished trials in grid order, and the message of each failed one by key.
+        results of all finished trials in the specs' order, and the message of each failed one.
     """
-    todo = [spec for spec in specs if read_result(spec) is None]
+    found = [read_result(spec.folder) for spec in specs]
+    finished = [result for result in found if result is not None]
+    todo = [spec for spec, result in zip(specs, found, strict=True) if result is None]
     failed: dict[str, str] = {}
-    if todo:
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(_trainable, settings=settings),
-                {"cpu": settings.cpus_per_trial, "gpu": settings.gpus_per_trial},
-            ),
-            param_space={"spec": tune.grid_search(todo)},
-            tune_config=tune.TuneConfig(
-                metric="val_auc", mode="max", max_concurrent_trials=max_concurrent or None
-            ),
-            run_config=tune.RunConfig(
-                name=f"grid-{int(time.time())}",
-                storage_path=str((out / "ray").resolve()),
-                failure_config=tune.FailureConfig(max_failures=1),
-                verbose=0,
-            ),
-        )
-        with _ShowTrials(progress, specs):
-            grid = tuner.fit()
-        for i in range(len(grid)):
-            error = grid[i].error
-            if error is not None:
-                lines = [line for line in str(error).strip().splitlines() if line.strip()]
-                failed[grid[i].config["spec"].key] = lines[-1].strip()  # type: ignore[index]
-    results = [read_result(spec) for spec in specs]
-    return [r for r in results if r is not None], failed
+    with ShowTrials(progress, specs, on_result):
+        if todo:
+            by_key = {spec.key: spec for spec in specs}
+            judge = AshaByGroup(by_key, halving, finished) if halving else None
+            failed = Pool(todo, settings, pool_size(settings, max_concurrent), judge).run()
+    results = [result for spec in specs if (result := read_result(spec.folder)) is not None]
+    return results, failed
 
 
-def read_result(spec: TrialSpec) -> dict[str, Any] | None:
-    """The result of a finished trial, or None."""
-    path = Path(spec.folder) / "result.json"
-    if not path.exists():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))
+def predict_part(
+    head_folder: str | Path, encoder: int, settings: SearchSettings, indices: np.ndarray, *,
+    adapted: bool
+) -> HeldOut:  # fmt: skip
+    """Run a saved head on slides: here, or where it needs the encoder or a GPU, on the cluster.
 
-
-def best_result(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The trial with the best validation AUC; on a tie, the lowest validation loss."""
-
-    def rank(result: dict[str, Any]) -> tuple[float, float]:
-        auc = result["val"].get("auc")
-        return (-math.inf if auc is None else auc, -result["val_loss"])
-
-    return max(results, key=rank)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A head's answers on one part: (N, C) probabilities, and attention of each slide."""
-
-    probabilities: np.ndarray
-    attention: list[np.ndarray]
-
-
-def predict_part(head_folder: Path, settings: SearchSettings, part: str) -> HeldOut:
-    """Run a saved head on a part of the cohort, on the cluster."""
-    task = ray.remote(_predict).options(
+    Args:
+        head_folder: written by a trial.
+        encoder: the feature set it was trained on.
+        settings: shared by the trials.
+        indices: slides of the cohort.
+        adapted: whether the head has LoRA weights.
+    """
+    if not adapted and not settings.gpus_per_trial:
+        return predict_slides(str(head_folder), encoder, settings, indices)
+    task = ray.remote(predict_slides).options(
         num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial or None
     )
-    return ray.get(task.remote(str(head_folder), settings, part))
+    return ray.get(task.remote(str(head_folder), encoder, settings, indices))
 
 
-def _predict(head_folder: str, settings: SearchSettings, part: str) -> HeldOut:
-    cohort: Cohort = settings.cohort.get()
-    head = load_head(head_folder)
-    if head.lora_state:
-        bags = _adapted_features(head, cohort, settings, part)
-    else:
-        bags = [bag.features for bag in cohort.bags(part)]
-    answers = predict(head.aggregator, bags)
-    return HeldOut(answers.probabilities, answers.attention)
-
-
-def _adapted_features(
-    head: MILHead, cohort: Cohort, settings: SearchSettings, part: str
-) -> list[torch.Tensor]:
-    """All tiles of the part's bags through the adapted encoder."""
-    encoder = head.adapt(settings.encoder.load())
-    encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    source = tile_source(cohort, settings)
-    return [
-        embed_tiles(encoder, source, slide_id, np.arange(source.num_tiles(slide_id)))
-        for slide_id in cohort.ids(part)
-    ]
+def run_one(spec: TrialSpec, settings: SearchSettings) -> dict[str, Any]:
+    """One trial on the cluster, unless it is finished already."""
+    done = read_result(spec.folder)
+    if done is not None:
+        return done
+    task = ray.remote(run_trial).options(
+        num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial or None
+    )
+    return ray.get(task.remote(spec, settings))

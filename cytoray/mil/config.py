@@ -11,6 +11,7 @@ from cytoray.mil.base import options_of
 from cytoray.models.lora import TARGETS
 
 PRECISIONS = ("auto", "fp32", "bf16")
+WATCHED = ("auc", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class MILConfig:
         weight_decay: of the aggregator.
         betas: of AdamW on the aggregator; default: the aggregator's own.
         epochs: at most.
-        patience: stop after so many epochs without a better validation AUC (0: never).
+        patience: stop after so many epochs without a better validation (0: never).
+        patience_on: what `patience` waits for: `auc` (on a tie, the loss) or `loss`.
         batch_bags: bags a step.
         max_instances: instances of a bag used in a training step, drawn anew each epoch.
         instance_dropout: share of a bag's instances left out of a training step, at random.
@@ -33,6 +35,7 @@ class MILConfig:
         min_lr: where the cosine ends.
         clip_grad: largest gradient norm (0: no limit).
         class_weighting: weigh classes by their inverse frequency in the training bags.
+        balanced_sampling: instead, draw bags so that the classes come equally often.
         seed: of initialisation, order, sampling and dropout.
         lora_rank: rank of the encoder's adaptation; 0 leaves the encoder as it is.
         lora_targets: any of q, k, v, o.
@@ -57,6 +60,7 @@ class MILConfig:
     betas: tuple[float, float] | None = None
     epochs: int = 50
     patience: int = 10
+    patience_on: str = "auc"
     batch_bags: int = 8
     max_instances: int = 4096
     instance_dropout: float = 0.0
@@ -64,6 +68,7 @@ class MILConfig:
     min_lr: float = 1e-6
     clip_grad: float = 5.0
     class_weighting: bool = True
+    balanced_sampling: bool = False
     seed: int = 0
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("q", "v")
@@ -114,6 +119,8 @@ class MILConfig:
             ]
         if self.precision not in PRECISIONS:
             problems.append(f"precision {self.precision!r}; valid: {', '.join(PRECISIONS)}")
+        if self.patience_on not in WATCHED:
+            problems.append(f"patience_on {self.patience_on!r}; valid: {', '.join(WATCHED)}")
         wrong = [target for target in self.lora_targets if target not in TARGETS]
         if wrong or not self.lora_targets:
             problems.append(f"lora_targets {self.lora_targets}; any of {', '.join(TARGETS)}")

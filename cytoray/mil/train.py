@@ -23,6 +23,7 @@ from cytoray.mil.trial import (
     aggregator_of,
     check_labels,
     cpu_copy,
+    sampling_weights,
     seeded,
     softmax,
 )
@@ -110,7 +111,7 @@ def train_frozen(
 
         def batches(epoch: int) -> Iterator[Batch]:
             rng = np.random.default_rng((config.seed, epoch))
-            for chosen in epoch_order(len(train_bags), config.batch_bags, rng):
+            for chosen in epoch_order(train_labels, config, rng):
                 bags = [train_bags[i] for i in chosen]
                 fine, coarse = _packed_scales(bags, config, scales, rng)
                 labels = torch.from_numpy(train_labels[chosen]).to(device)
@@ -153,9 +154,21 @@ def check_features(bags: Sequence[LabelledBag]) -> int:
     return width
 
 
-def epoch_order(count: int, batch: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """A shuffled pass over `count` bags in batches of `batch`."""
-    order = rng.permutation(count)
+def epoch_order(
+    labels: np.ndarray, config: MILConfig, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Batches of bags: a shuffled pass, or as many draws with the classes equally often.
+
+    Args:
+        labels: (n,) or (n, tasks) of the training bags.
+        config: says the batch, and whether sampling is balanced.
+        rng: of the order.
+    """
+    count, batch = len(labels), config.batch_bags
+    if config.balanced_sampling:
+        order = rng.choice(count, count, p=sampling_weights(labels))
+    else:
+        order = rng.permutation(count)
     return [order[start : start + batch] for start in range(0, count, batch)]
 
 

@@ -206,7 +206,7 @@ class _LoraSession:
 
         def batches(epoch: int) -> Iterator[Batch]:
             rng = np.random.default_rng((config.seed, epoch))
-            for chosen in epoch_order(len(train_ids), config.batch_bags, rng):
+            for chosen in epoch_order(train_labels, config, rng):
                 labels = torch.from_numpy(train_labels[chosen]).to(self.device)
                 yield Batch(self.sample([train_ids[i] for i in chosen], rng), labels)
 

@@ -134,6 +134,22 @@ def class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
     return torch.from_numpy(weights.astype(np.float32))
 
 
+def sampling_weights(labels: np.ndarray) -> np.ndarray:
+    """How often to draw each bag so that classes come equally often: (n,), summing to 1.
+
+    Args:
+        labels: (n,), or (n, tasks) with -1 where missing: the mean over a bag's tasks counts.
+    """
+    total, known = np.zeros(len(labels)), np.zeros(len(labels))
+    for column in columns_of(labels):
+        there = column >= 0
+        counts = np.bincount(column[there])
+        total[there] += there.sum() / (np.count_nonzero(counts) * counts[column[there]])
+        known += there
+    weights = np.divide(total, known, out=np.zeros(len(labels)), where=known > 0)
+    return weights / weights.sum()
+
+
 def lr_factor(total: int, warmup_share: float, floor: float, step: int) -> float:
     """Share of the base learning rate at `step` of `total`: linear warm-up, cosine to `floor`."""
     warmup = round(total * warmup_share)
@@ -177,7 +193,7 @@ class Trial:
         self.device = next(self.aggregator.parameters()).device
         self.weights = [
             class_weights(column[column >= 0], classes).to(self.device)
-            if config.class_weighting
+            if config.class_weighting and not config.balanced_sampling
             else torch.ones(classes, device=self.device)
             for column, classes in zip(
                 columns_of(self.train_labels), self.aggregator.task_classes, strict=True
@@ -191,6 +207,7 @@ class Trial:
     def run(self, result: MILResult, on_epoch: OnEpoch | None, *, start: bool = False) -> MILResult:
         """Train; with `start`, the state before the first epoch counts as epoch 0."""
         best, waited = (-math.inf, -math.inf), 0
+        lowest = math.inf
         for epoch in range(0 if start else 1, self.config.epochs + 1):
             lr = self.optimiser.param_groups[0]["lr"]
             train_loss = self._train_epoch(epoch) if epoch else math.nan
@@ -198,9 +215,12 @@ class Trial:
             record = {"epoch": epoch, "train_loss": train_loss, **record, "lr": lr}
             result.history.append(record)
             auc = record["val_auc"] if math.isfinite(record["val_auc"]) else -math.inf
-            waited += 1
-            if (auc, -record["val_loss"]) > best:
-                best, waited = (auc, -record["val_loss"]), 0
+            better = (auc, -record["val_loss"]) > best
+            watched = record["val_loss"] < lowest if self.config.patience_on == "loss" else better
+            waited = 0 if watched else waited + 1
+            lowest = min(lowest, record["val_loss"])
+            if better:
+                best = (auc, -record["val_loss"])
                 result.best_epoch, result.val_metrics = epoch, metrics
                 for name, state in self.snapshot().items():
                     setattr(result, name, state)

@@ -15,6 +15,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
+from cytoray.tracking.child_runs import ChildRun, ChildRuns, patiently
 from cytoray.tracking.mlflow_tracking import RunInfo, Tracker, keep_going
 from cytoray.tracking.run_logger import RunLogger, send_pending
 from cytoray.tracking.values import ARTIFACT_SUFFIXES, flatten_params, resolve_uri
@@ -24,11 +25,14 @@ for _chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_s
 
 __all__ = [
     "ARTIFACT_SUFFIXES",
+    "ChildRun",
+    "ChildRuns",
     "RunInfo",
     "RunLogger",
     "Tracker",
     "flatten_params",
     "keep_going",
+    "patiently",
     "resolve_uri",
     "send_pending",
 ]

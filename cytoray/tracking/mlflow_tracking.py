@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import shlex
 import time
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RUN_STATUSES = ("RUNNING", "FINISHED", "FAILED", "KILLED")
 _PER_BATCH = 100
+_PER_CALL = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,24 @@ class Tracker:
         entries = [Metric(clean_name(k), float(v), now_ms, step) for k, v in metrics.items()]
         for start in range(0, len(entries), _PER_BATCH):
             self._client.log_batch(run_id, metrics=entries[start : start + _PER_BATCH])
+
+    def log_lines(self, run_id: str, data: bytes) -> None:
+        """Log JSON lines of `step`, `time_ms` and `metrics`; one sent twice is stored once.
+
+        A torn line (the process died in it) is skipped.
+        """
+        entries = []
+        for line in data.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            entries += [
+                Metric(clean_name(name), value, record["time_ms"], record["step"])
+                for name, value in record["metrics"].items()
+            ]
+        for start in range(0, len(entries), _PER_CALL):
+            self._client.log_batch(run_id, metrics=entries[start : start + _PER_CALL])
 
     def log_artifact(self, run_id: str, path: str | Path, artifact_path: str | None = None) -> None:
         """Upload a file. Images, tables and pages are refused: they may hold patient data.
