@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from cytoray.mil import MILConfig
 from cytoray.models.sr_transformer import SRConfig
 from cytoray.streaming.tiles import PerturbConfig
 from cytoray.training import (
@@ -21,6 +22,7 @@ from cytoray.training import (
     PretrainConfig,
 )
 from pipelines.pretrain import Config as Pretrain
+from pipelines.tune import Config as Tune
 
 SMOKE = Pretrain(
     index=tyro.MISSING,
@@ -120,6 +122,35 @@ UNICAS = Pretrain(
 million tiles of 48,532 slides: index with --tile-px 256 --magnification 20. About 1,540 GFLOP a
 tile, so 768 million tiles are some 1.2e24 FLOP."""
 
+CYTOSSL_TABLE1 = Tune(
+    bags=tyro.MISSING,
+    index=tyro.MISSING,
+    out=tyro.MISSING,
+    aggregators=("abmil", "transmil", "dtfd", "clam", "dsmil", "less"),
+    lora_ranks=(0,),
+    published=True,
+    val_fraction=0.15,
+    test_fraction=0.3,
+)
+"""Cyto-SSL (AAAI 2026), Table 1: encoders x six aggregators, each with the settings it was
+published with, 70 % of the slides to train on and 30 % to test. Give one --bags folder for each
+encoder to compare; there 100 tiles of 512 px a slide. The paper gives no validation part and no
+intervals; here a part of the 70 % chooses the epoch, and patients stay whole."""
+
+UNICAS_TASKS = Tune(
+    bags=tyro.MISSING,
+    index=tyro.MISSING,
+    out=tyro.MISSING,
+    label=("cancer", "candidiasis", "clue_cells"),
+    aggregators=("unicas",),
+    lora_ranks=(0,),
+    published=True,
+    mil=MILConfig(aggregator="unicas", epochs=30),
+)
+"""UniCAS (2025), slide level: cancer screening, candidiasis and clue cells by one head. Name your
+own columns with --label; a slide may lack any of them. Epochs are not given in the paper."""
+
 NAMED: dict[str, dict[str, Any]] = {
-    "pretrain": {"smoke": SMOKE, "cytofm": CYTOFM, "cytossl": CYTOSSL, "unicas": UNICAS}
+    "pretrain": {"smoke": SMOKE, "cytofm": CYTOFM, "cytossl": CYTOSSL, "unicas": UNICAS},
+    "tune": {"cytossl-table1": CYTOSSL_TABLE1, "unicas-tasks": UNICAS_TASKS},
 }

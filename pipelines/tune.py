@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,36 +13,16 @@ import numpy as np
 
 from cytoray.config import to_plain
 from cytoray.distributed.chosen import Answers, answer_held_out, answer_rows, assess_answers
-from cytoray.distributed.cluster import Need, Shared, check_fits, connect
+from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.search import Halving, run_one, run_search
 from cytoray.distributed.trials import SearchSettings, TrialSpec
-from cytoray.errors import InputError, SlideError, choose, raise_problems
+from cytoray.errors import InputError, SlideError, raise_problems
 from cytoray.evaluation.held_out import mean_auc
 from cytoray.io import atomic_write_text
-from cytoray.mil import AGGREGATORS, MILConfig, open_bags
-from cytoray.mil.cohort import (
-    Cohort,
-    FeatureSet,
-    check_task_support,
-    cohort_facts,
-    distinct_names,
-    read_cohort,
-    read_features,
-)
-from cytoray.mil.folds import Fold, final_fold, fold_problems, make_folds
+from cytoray.mil import MILConfig
+from cytoray.mil.cohort import cohort_facts
 from cytoray.mil.selection import best_by_fold, over_folds
-from cytoray.mil.space import (
-    Axis,
-    Candidate,
-    candidates_of,
-    changed_fields,
-    configs_of,
-    draws,
-    flat_config,
-    grid,
-    read_axes,
-)
-from cytoray.models.encoder import load_encoder
+from cytoray.mil.space import Candidate, changed_fields, flat_config
 from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
@@ -50,8 +30,17 @@ from cytoray.report.leaderboard import write_leaderboard
 from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.streaming.plan import ReadPlan
-from cytoray.tracking import ChildRun, ChildRuns, Tracker, patiently
+from cytoray.tracking import ChildRuns, Tracker, patiently
 from pipelines.embed import index_plan
+from pipelines.tune_search import (
+    Search,
+    child_runs,
+    keep_space,
+    prepare,
+    search_settings,
+    spec_of,
+    trial_specs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,27 +163,6 @@ class Config:
         raise_problems("this search cannot be run:", problems)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """A search ready to run: what is tried on what.
-
-    Attributes:
-        candidates: what is tried.
-        cohort: the slides.
-        features: their bags, one set an encoder.
-        folds: the folds.
-        encoders: one a feature set, or empty.
-        uses_lora: some trial adapts an encoder.
-    """
-
-    candidates: list[Candidate]
-    cohort: Cohort
-    features: list[FeatureSet]
-    folds: list[Fold]
-    encoders: tuple[str, ...]
-    uses_lora: bool
-
-
 def run(config: Config) -> dict[str, Any]:
     """Run the search, choose by validation, evaluate the held-out slides, register the head."""
     began = time.perf_counter()
@@ -207,7 +175,7 @@ def run(config: Config) -> dict[str, Any]:
     may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment",
                                "tracking_wait_s"}  # fmt: skip
     folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
-    _keep_space(folder, search.candidates)
+    keep_space(folder, search.candidates)
     tracker = Tracker(config.tracking_uri or None, config.experiment)
     run_id = tracker.start_run(
         f"tune {' '.join(config.label)}", params=to_plain(config),
@@ -259,160 +227,6 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def prepare(config: Config) -> Search:
-    """Everything that can be checked before anything is started or written.
-
-    Raises:
-        InputError: trials that cannot be, bags or labels that do not fit, a split that leaks.
-    """
-    for name in config.aggregators:
-        choose("aggregator", name, AGGREGATORS)
-    configs = search_configs(config)
-    names = {mil.aggregator for mil in configs}
-    uses_lora = any(mil.lora_rank > 0 for mil in configs)
-    if uses_lora and not config.encoder:
-        raise InputError("--encoder must name the encoders that trials with a LoRA rank adapt")
-    check_task_support(
-        {name: AGGREGATORS[name].multi_task for name in sorted(names)},
-        dict.fromkeys(config.label, ()),
-    )
-    stores = [open_bags(folder) for folder in config.bags]
-    cohort = read_cohort(config.index / "slides.parquet", config.label, stores, config.group)
-    shares = {"val_fraction": config.val_fraction, "seed": config.seed}
-    folds = make_folds(
-        cohort.labels,
-        cohort.groups,
-        folds=config.folds,
-        test_fraction=config.test_fraction,
-        split=cohort.split,
-        leak_columns=cohort.leak_columns,
-        **shares,
-    )
-    every = [*folds, final_fold(cohort.labels, cohort.groups, **shares)] if config.folds else folds
-    raise_problems(
-        "these slides cannot be searched on:",
-        [problem for fold in every for problem in fold_problems(fold, cohort.labels, cohort.tasks)],
-    )
-    two_scales = any(AGGREGATORS[name].num_scales == 2 for name in names)
-    features = [read_features(store, cohort.slide_ids, coarse=two_scales) for store in stores]
-    shown = distinct_names([entry.name for entry in features])
-    features = [replace(entry, name=name) for entry, name in zip(features, shown, strict=True)]
-    encoders = tuple(str(Path(e).resolve()) if Path(e).is_dir() else e for e in config.encoder)
-    _check_encoders(encoders, config.pretrained, features)
-    return Search(
-        candidates=candidates_of(configs, [entry.encoder_id for entry in features]),
-        cohort=cohort,
-        features=features,
-        folds=every,
-        encoders=encoders or ("",) * len(features),
-        uses_lora=uses_lora,
-    )
-
-
-def search_configs(config: Config) -> list[MILConfig]:
-    """The trials, each once.
-
-    Raises:
-        InputError: values no trial can have.
-    """
-    axes: dict[str, Axis] = {"aggregator": config.aggregators, "lora_rank": config.lora_ranks}
-    axes |= {"lr": config.lrs} if config.lrs else {}
-    axes |= {"weight_decay": config.weight_decays} if config.weight_decays else {}
-    axes |= read_axes(config.space) if config.space else {}
-    many = config.search == "random"
-    points = draws(axes, config.num_samples, config.seed) if many else grid(axes)
-    return configs_of(
-        points, config.mil, published=config.published, lora_epochs=config.lora_epochs
-    )
-
-
-def _check_encoders(
-    encoders: tuple[str, ...], pretrained: bool, features: list[FeatureSet]
-) -> None:
-    problems = []
-    for source, made in zip(encoders, features if encoders else [], strict=True):
-        encoder_id = load_encoder(source, pretrained=pretrained).encoder_id
-        if encoder_id != made.encoder_id:
-            problems.append(
-                f"the bags were made by encoder {made.encoder_id}, --encoder {source} is "
-                f"{encoder_id}; embed again, or name the encoder that made them"
-            )
-    raise_problems("bags and encoders do not belong together:", problems)
-
-
-def _keep_space(folder: RunFolder, candidates: list[Candidate]) -> None:
-    """Keep what is tried; a resumed run must try the same (the file of the space may change).
-
-    Raises:
-        InputError: it does not.
-    """
-    path, keys = folder.path / "candidates.json", [c.key for c in candidates]
-    if not path.exists():
-        atomic_write_text(path, json.dumps(keys, indent=1) + "\n")
-        return
-    if json.loads(path.read_text(encoding="utf-8")) != keys:
-        raise InputError(
-            f"{folder.path} was started with another search space or other bags; undo the change "
-            "to resume it, or choose another --out"
-        )
-
-
-def trial_specs(search: Search, folder: RunFolder) -> list[TrialSpec]:
-    """Every candidate on every fold, with names and folders that are the same on resume."""
-    return [
-        _spec(candidate, fold, folder)
-        for fold in search.folds
-        if fold.name != "final"
-        for candidate in search.candidates
-    ]
-
-
-def _spec(candidate: Candidate, fold: Fold, folder: RunFolder) -> TrialSpec:
-    key = "-".join(filter(None, (candidate.key, fold.name)))
-    return TrialSpec(
-        key=key,
-        candidate=candidate.key,
-        config=candidate.config,
-        encoder=candidate.encoder,
-        fold=fold.name,
-        folder=str(folder.path / "trials" / key),
-    )
-
-
-def search_settings(config: Config, search: Search) -> SearchSettings:
-    """What all trials share, in the object store."""
-    return SearchSettings(
-        cohort=Shared(search.cohort),
-        folds={fold.name: fold for fold in search.folds},
-        features=tuple(Shared(entry) for entry in search.features),
-        encoders=search.encoders,
-        pretrained=config.pretrained,
-        plan=Shared(index_plan(config.index)) if search.uses_lora else None,
-        cpus_per_trial=config.cpus_per_trial,
-        gpus_per_trial=config.gpus_per_trial,
-        extra={"label": " ".join(config.label), "bags": [str(bags) for bags in config.bags]},
-    )
-
-
-def child_runs(search: Search, folder: RunFolder) -> list[ChildRun]:
-    """The MLflow runs there may be: one a trial, made when it begins."""
-    made = []
-    for fold in search.folds:
-        for candidate in search.candidates:
-            spec = _spec(candidate, fold, folder)
-            facts = {"encoder": search.features[spec.encoder].name, "fold": spec.fold or "all"}
-            made.append(
-                ChildRun(
-                    key=f"{folder.run_id}:{spec.key}",
-                    name=spec.key,
-                    folder=Path(spec.folder),
-                    params=to_plain(spec.config) | facts,
-                    tags={"cytoray.job": "trial", "cytoray.candidate": spec.candidate},
-                )
-            )
-    return made
-
-
 def _finish_child(children: ChildRuns, result: dict[str, Any]) -> None:
     metrics = {f"best_{name}": value for name, value in result["val"].items()}
     tags = {"cytoray.stopped": "early"} if result["stopped"] else {}
@@ -453,7 +267,7 @@ def _test(
     rows = over_folds(results, len(best))
     answers = answer_held_out(best, specs, settings, search.cohort)
     chosen = next(c for c in search.candidates if c.key == rows[0]["candidate"])
-    head = _spec(chosen, search.folds[-1], folder)
+    head = spec_of(chosen, search.folds[-1], folder)
     final = run_one(head, settings) if config.folds else None
     shutil.copytree(Path(head.folder) / "head", folder.path / "head", dirs_exist_ok=True)
     tests = assess_answers(answers, search.cohort, calibrate=config.calibrate, seed=config.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,6 +37,9 @@ from cytoray.mil.cohort import Cohort, FeatureSet
 from cytoray.mil.folds import Fold
 from cytoray.plain import json_ready
 from cytoray.runs import read_events
+
+# Bags in the object store are read-only, and nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 RESULT, METRICS = "result.json", "metrics.jsonl"
 OnEpoch = Callable[[dict[str, float]], "bool | None"]

@@ -130,7 +130,7 @@ def _over_folds(
             float(METRICS[name](labels[folds == fold], probabilities[folds == fold]))
             for fold in names
         ]
-        interval = mean_interval(values)
+        interval = mean_interval(values, bounds=(0.0, 2.0 if name == "brier" else 1.0))
         made[name] = {"mean": interval.point, "low": interval.low, "high": interval.high,
                       "values": values}  # fmt: skip
     return made

@@ -122,10 +122,17 @@ def curves(positive: np.ndarray, score: np.ndarray) -> Curves:
     )
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+def mean_interval(
+    values: Sequence[float], level: float = 0.95, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Interval:
     """Mean over folds with Student's interval; NaN values are left out.
 
     The folds share training slides, so the interval is a little too narrow.
+
+    Args:
+        values: one a fold.
+        level: coverage.
+        bounds: of the metric; the interval does not go beyond.
 
     Returns:
         (low, high, mean); bounds are NaN with fewer than two values.
@@ -140,4 +147,4 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     half = float(
         stats.t.ppf(0.5 + level / 2, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5
     )
-    return Interval(mean - half, mean + half, mean)
+    return Interval(max(mean - half, bounds[0]), min(mean + half, bounds[1]), mean)

@@ -144,11 +144,10 @@ def check_features(bags: Sequence[LabelledBag]) -> int:
     views = [(bag, bag.features) for bag in bags]
     views += [(bag, bag.coarse) for bag in bags if bag.coarse is not None]
     for bag, view in views:
-        features = torch.as_tensor(view)
-        if features.ndim != 2 or features.shape[0] == 0 or features.shape[1] != width:
-            shape = tuple(features.shape)
+        if view.ndim != 2 or view.shape[0] == 0 or view.shape[1] != width:
+            shape = tuple(view.shape)
             problems.append(f"bag {bag.slide_id}: shape {shape}, expected (N >= 1, {width})")
-        elif not bool(torch.isfinite(features).all()):
+        elif not bool((torch if isinstance(view, Tensor) else np).isfinite(view).all()):
             problems.append(f"bag {bag.slide_id}: features hold NaN or infinity; embed it again")
     raise_problems("these bags cannot be used:", problems)
     return width

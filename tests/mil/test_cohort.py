@@ -5,12 +5,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.made_study import make_bags, make_index
 from cytoray.errors import InputError
 from cytoray.mil import open_bags
 from cytoray.mil.bags import bag_path
 from cytoray.mil.cohort import cohort_facts, distinct_names, read_cohort, read_features
 from cytoray.mil.folds import make_folds
-from tests.mil.made import make_bags, make_index
 
 COLUMNS = {"label": pa.string(), "second": pa.int64(), "image": pa.string()}
 
@@ -102,9 +102,7 @@ def test_bad_bags_are_named(folder) -> None:
     values[0, 0] = np.nan
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     metadata = table.schema.metadata
-    pq.write_table(
-        table.set_column(0, "feature", column).replace_schema_metadata(metadata), path
-    )
+    pq.write_table(table.set_column(0, "feature", column).replace_schema_metadata(metadata), path)
     with pytest.raises(InputError, match=r"bag s1: features of 1 instances are NaN"):
         read_features(store, ["s0", "s1"])
     make_bags(folder / "bags", {"s2": 0}, width=9)
