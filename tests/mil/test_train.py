@@ -5,8 +5,8 @@ import torch
 from cytoray.errors import InputError
 from cytoray.mil.aggregators import AGGREGATORS
 from cytoray.mil.config import MILConfig
-from cytoray.mil.train import LabelledBag, predict, sampled, train_frozen
-from cytoray.mil.trial import class_weights, lr_factor
+from cytoray.mil.train import LabelledBag, epoch_order, predict, sampled, train_frozen
+from cytoray.mil.trial import class_weights, lr_factor, sampling_weights
 
 SMALL = {
     "abmil": {"hidden_dim": 32, "attention_dim": 16},
@@ -220,3 +220,46 @@ def test_class_weights_and_schedule():
     assert factors[10] == 1.0
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[100] == pytest.approx(0.01)
+
+
+def test_patience_may_wait_for_the_loss_alone(monkeypatch):
+    """The AUC rises to the end; the loss is lowest in the second epoch."""
+    bags = make_bags(24, 1)
+    seen = {}
+    for watched in ("auc", "loss"):
+        losses = iter([0.5, 0.4, 0.45, 0.44, 0.43, 0.42])
+        aucs = iter([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+
+        def evaluate(self, losses=losses, aucs=aucs):
+            auc = next(aucs)
+            return {"val_loss": next(losses), "val_auc": auc, "val_accuracy": 0.5}, {"auc": auc}
+
+        monkeypatch.setattr("cytoray.mil.trial.Trial._evaluate", evaluate)
+        config = MILConfig(options=SMALL["abmil"], epochs=6, patience=3, patience_on=watched)
+        seen[watched] = train_frozen(config, bags, bags, 2)
+    assert len(seen["auc"].history) == 6
+    assert len(seen["loss"].history) == 5, "lowest loss in epoch 2, three epochs without a lower"
+    assert seen["loss"].best_epoch == 5, "kept is still the epoch with the best AUC"
+    with pytest.raises(InputError, match="patience_on 'f1'; valid: auc, loss"):
+        MILConfig(patience_on="f1")
+
+
+def test_balanced_sampling_draws_classes_equally_often():
+    labels = np.array([0] * 90 + [1] * 10)
+    config = MILConfig(balanced_sampling=True, batch_bags=20)
+    rng = np.random.default_rng(0)
+    batches = [batch for _ in range(40) for batch in epoch_order(labels, config, rng)]
+    assert {len(batch) for batch in batches} == {20}
+    assert labels[np.concatenate(batches)].mean() == pytest.approx(0.5, abs=0.03)
+    assert sampling_weights(labels).sum() == pytest.approx(1.0)
+    tasks = np.array([[0, -1], [0, 0], [1, 1], [0, 0], [-1, -1]])
+    weights = sampling_weights(tasks)
+    assert weights[2] == weights.max()
+    assert weights[4] == 0
+    plain = epoch_order(labels, MILConfig(batch_bags=20), rng)
+    assert sorted(np.concatenate(plain).tolist()) == list(range(100))
+    result = train_frozen(
+        MILConfig(options=SMALL["abmil"], epochs=2, balanced_sampling=True),
+        make_bags(20, 1), make_bags(10, 2), 2,
+    )  # fmt: skip
+    assert np.isfinite(result.history[-1]["train_loss"])

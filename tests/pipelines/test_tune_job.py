@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 
+from benchmarks.made_study import make_bags, make_index, make_study
 from cytoray.errors import InputError
 from cytoray.evaluation import evaluate_scores
 from cytoray.mil import MILConfig, load_head, open_bags
@@ -24,9 +27,9 @@ MIL = MILConfig(epochs=3, patience=0, batch_bags=4, tiles_per_bag=3, eval_tiles=
 def config(indexed, pretrained, embedded, tracking_uri, tmp_path_factory) -> tune.Config:
     """A grid of two aggregators and two LoRA ranks; two of six training slides to validate on."""
     return tune.Config(
-        bags=Path(embedded.summary["bags"]),
+        bags=(Path(embedded.summary["bags"]),),
         index=indexed.out,
-        encoder=pretrained.summary["encoder"],
+        encoder=(pretrained.summary["encoder"],),
         out=tmp_path_factory.mktemp("tune") / "run",
         lora_ranks=(0, 2),
         mil=MIL,
@@ -79,7 +82,7 @@ def test_the_held_out_slides_are_scored_once(config, tuned, indexed) -> None:
     table = read_slide_table(indexed.out / "slides.parquet").to_pylist()
     slides = {row["slide_id"]: row for row in table}
     assert {r["slide_id"] for r in rows} == {s for s, r in slides.items() if r["split"] == "test"}
-    store = open_bags(config.bags)
+    store = open_bags(config.bags[0])
     for row in rows:
         assert row["label"] == str(slides[row["slide_id"]]["label"])
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
@@ -93,11 +96,14 @@ def test_the_held_out_slides_are_scored_once(config, tuned, indexed) -> None:
     low, high = tuned["auc_ci"]
     assert low <= tuned["auc_heldout"] <= high
     assert Path(tuned["report"]).stat().st_size > 10_000
+    board = json.loads((config.out / "leaderboard.json").read_text())
+    assert board["best"] == tuned["best"]
+    assert board["rows"][0]["candidate"] == tuned["best"]
+    assert "held-out AUC" in (config.out / "leaderboard.html").read_text()
+    assert len((config.out / "leaderboard.csv").read_text().splitlines()) == 5
 
 
 def test_mlflow_has_a_parent_four_children_and_the_model(config, tuned, tracking_uri) -> None:
-    from mlflow import MlflowClient
-
     tracker = Tracker(tracking_uri)
     assert tracker.get_run(tuned["mlflow_run_id"]).status == "FINISHED"
     children = tracker.child_runs(tuned["mlflow_run_id"])
@@ -164,13 +170,17 @@ def test_a_patient_in_two_parts_is_refused(config, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label": "grade"}, r"unknown label column 'grade'; valid: label$"),
-        ({"label": "vendor"}, r"unknown label column 'vendor'"),
-        ({"encoder": "vit_tiny_patch16_224", "pretrained": False}, r"bags were made by encoder"),
-        ({"encoder": "vit_tinny_patch16_224"}, r"did you mean vit_tiny_patch16_224"),
+        ({"label": ("grade",)}, r"unknown label column 'grade'; valid: label$"),
+        ({"label": ("vendor",)}, r"unknown label column 'vendor'"),
+        ({"encoder": ("vit_tiny_patch16_224",), "pretrained": False}, r"bags were made by enc"),
+        ({"encoder": ("vit_tinny_patch16_224",)}, r"did you mean vit_tiny_patch16_224"),
+        ({"encoder": ()}, r"--encoder must name the encoders"),
+        ({"group": "batch"}, r"unknown group column 'batch'"),
+        ({"folds": 5}, r"class '[01]' counts 4 patients"),
+        ({"space": Path("/gone.yaml")}, r"cannot read the search space /gone.yaml"),
         ({"cpus_per_trial": 9.0}, r"CPU: 9 needed at once, the cluster has 4 \(5 missing\)"),
         ({"gpus_per_trial": 0.5}, r"GPU: 0\.5 needed at once, the cluster has 0"),
-        ({"bags": Path("/nowhere")}, r"no folder of bags at /nowhere"),
+        ({"bags": (Path("/nowhere"),)}, r"no folder of bags at /nowhere"),
     ],
 )
 def test_grids_that_cannot_be_are_refused_before_anything_is_written(
@@ -178,4 +188,99 @@ def test_grids_that_cannot_be_are_refused_before_anything_is_written(
 ) -> None:
     with pytest.raises(InputError, match=message):
         tune.run(replace(config, out=tmp_path / "o", **changes))
+    assert not (tmp_path / "o").exists()
+
+
+def tested(out: Path) -> dict:
+    return json.loads((out / "leaderboard.json").read_text())
+
+
+def test_folds_encoders_and_several_labels_at_once(ray_cluster, tracking_uri, tmp_path) -> None:
+    """Two encoders, two tasks, one of them with missing labels, three folds, at random, ASHA."""
+    rng = np.random.default_rng(0)
+    rows, labels = [], {}
+    for i in range(48):
+        slide_id, label = f"s{i:02d}", (i // 2) % 2
+        other = "abc"[int(rng.integers(3))] if i % 4 else None
+        rows.append({"slide_id": slide_id, "patient_id": f"p{i // 2}", "label": label,
+                     "other": other, "image": f"i{i // 4}"})  # fmt: skip
+        labels[slide_id] = label
+    index = make_index(tmp_path, rows, {"label": pa.int64(), "other": pa.string(),
+                                        "image": pa.string()})  # fmt: skip
+    good = make_bags(tmp_path / "good", labels, signal=4.0, encoder_id="good")
+    bad = make_bags(tmp_path / "bad", labels, signal=0.0, encoder_id="bad", seed=1)
+    (tmp_path / "space.yaml").write_text("lr: {min: 1e-3, max: 1e-2, log: true}\n")
+    config = tune.Config(
+        bags=(good, bad), index=index, out=tmp_path / "run", label=("label", "other"),
+        group="image", aggregators=("mean", "abmil"), lora_ranks=(0,),
+        space=tmp_path / "space.yaml",
+        search="random", num_samples=2, folds=3, asha=True, grace_epochs=2, reduction=2.0,
+        mil=MILConfig(epochs=5, balanced_sampling=True), calibrate=True, cpus_per_trial=0.5,
+        model_name="tests-folds", tracking_uri=tracking_uri,
+    )  # fmt: skip
+    summary = tune.run(config)
+    assert (summary["num_candidates"], summary["num_trials"]) == (4, 12)
+    assert summary["failed"] == {}
+    board = tested(config.out)
+    assert set(board["tests"]) == {"label", "other"}
+    assert board["tests"]["label"]["num"] == 48
+    assert board["tests"]["other"]["num"] == 36
+    assert board["tests"]["label"]["metrics"]["auc"]["point"] > 0.8, "each fold chose `good`"
+    assert set(summary["chosen"]) == {"fold0", "fold1", "fold2"}
+    rows = json.loads((config.out / "heldout.json").read_text())
+    assert sorted(row["slide_id"] for row in rows) == sorted(labels)
+    folds = {row["slide_id"]: row["fold"] for row in rows}
+    assert all(folds[f"s{i:02d}"] == folds[f"s{i // 4 * 4:02d}"] for i in range(48)), "images whole"
+    head = load_head(config.out / "head")
+    assert list(head.tasks) == ["label", "other"]
+    children = Tracker(tracking_uri).child_runs(summary["mlflow_run_id"])
+    assert len(children) == 13, "twelve trials and the head trained on all slides"
+    assert {child.status for child in children} == {"FINISHED"}
+    (tmp_path / "space.yaml").write_text("lr: [1e-3]\n")
+    with pytest.raises(InputError, match="another search space"):
+        tune.run(replace(config, resume=True))
+
+
+def test_a_killed_search_goes_on_and_repeats_nothing(start_cytoray, tmp_path) -> None:
+    index, bags = make_study(tmp_path, 40, signal=3.0)
+    out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    command = ["tune", "--index", index, "--bags", bags, "--out", out, "--aggregators", "mean",
+               "abmil", "--lora-ranks", "0", "--lrs", "1e-2", "1e-3", "1e-4", "1e-5",
+               "--mil.epochs", "12", "--tracking-uri", uri, "--resume"]  # fmt: skip
+    first = start_cytoray(*command, cpus=1)
+    first.wait_for(lambda: len(list(out.glob("trials/*/result.json"))) >= 2)
+    first.kill()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/result.json")}
+    assert 2 <= len(before) < 8
+    second = start_cytoray(*command, cpus=1)
+    assert second.process.wait(120) == 0, second.log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(trial_results(out)) == 8
+    tracker = Tracker(uri)
+    summary = json.loads((out / "summary.json").read_text())
+    children = tracker.child_runs(summary["mlflow_run_id"])
+    assert sorted(child.name for child in children) == sorted(trial_results(out))
+    assert {child.status for child in children} == {"FINISHED"}
+    for child in children:
+        steps = [
+            metric.step for metric in MlflowClient(uri).get_metric_history(child.run_id, "val_loss")
+        ]
+        assert sorted(steps) == list(range(1, len(trial_results(out)[child.name]["history"]) + 1))
+
+
+def test_bags_that_do_not_belong_are_named(ray_cluster, tracking_uri, tmp_path) -> None:
+    index, bags = make_study(tmp_path, 16)
+    config = tune.Config(bags=(bags,), index=index, out=tmp_path / "o", lora_ranks=(0,),
+                         tracking_uri=tracking_uri)  # fmt: skip
+    make_bags(bags, {"stranger": 0})
+    with pytest.raises(InputError, match="bag stranger in"):
+        tune.run(config)
+    (bags / "slide_id=stranger" / "bag.parquet").unlink()
+    make_bags(bags, {"s003": 0}, width=5)
+    with pytest.raises(InputError, match="bag s003: width 5, bag s000 has 16"):
+        tune.run(config)
+    with pytest.raises(InputError, match=r"2 labels at once need aggregators of several tasks"):
+        tune.run(replace(config, label=("label", "x"), aggregators=("clam",)))
+    with pytest.raises(InputError, match="name one encoder for each of the 1 --bags"):
+        replace(config, encoder=("a", "b"))
     assert not (tmp_path / "o").exists()
