@@ -139,7 +139,8 @@ def _row(
     cells += [_cell(row[name]) for name in ("val_accuracy", "val_loss", "best_epoch")]
     cells += [_cell(row["chosen_in"])] if several else []
     notes = [f"stopped early in {row['stopped']}"] if row["stopped"] else []
-    notes += [f"{row['folds']} of {board['num_folds']} folds"] if not row["complete"] else []
+    lacking = row["folds"] < board["num_folds"]
+    notes += [f"{row['folds']} of {board['num_folds']} folds"] if lacking else []
     cells += [_cell(round(row["seconds"], 1)), _cell("; ".join(notes))]
     return {"cells": cells, "best": row["candidate"] == board["best"], "name": row["candidate"]}
 

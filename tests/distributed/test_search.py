@@ -165,19 +165,27 @@ def test_few_processes_run_many_trials_and_none_twice(settings, tmp_path) -> Non
 @pytest.mark.ray
 def test_bad_trials_end_early_and_leave_their_result(settings, tmp_path) -> None:
     specs = [
-        spec_of(f"lr{lr}", tmp_path, fold="fold0", aggregator="mean", lr=lr, epochs=8, patience=0)
-        for lr in (1e-2, 1e-9, 2e-9, 3e-9)
+        spec_of(
+            f"lr{lr}",
+            tmp_path,
+            fold="fold0",
+            aggregator="mean",
+            lr=lr,
+            epochs=8,
+            patience=0,
+            min_lr=0.0,
+            seed=2,
+        )
+        for lr in (1e-2, 1e-9, 2e-9)
     ]
     with Progress("t") as progress:
         results, failed = run_search(
             specs, settings, progress=progress, max_concurrent=1,
-            halving=Halving(grace_epochs=2, reduction=2.0),
+            halving=Halving(grace_epochs=4, reduction=2.0),
         )  # fmt: skip
     assert failed == {}
-    assert not results[0]["stopped"]
-    stopped = [r for r in results if r["stopped"]]
-    assert stopped
-    assert all(r["epochs"] in (2, 4) for r in stopped)
+    assert [r["stopped"] for r in results] == [False, True, True]
+    assert [r["epochs"] for r in results] == [8, 4, 4]
     assert best_result(results)["key"] == "lr0.01"
 
 

@@ -191,7 +191,7 @@ def test_grids_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "o").exists()
 
 
-def tested(out: Path) -> dict:
+def board_of(out: Path) -> dict:
     return json.loads((out / "leaderboard.json").read_text())
 
 
@@ -221,7 +221,7 @@ def test_folds_encoders_and_several_labels_at_once(ray_cluster, tracking_uri, tm
     summary = tune.run(config)
     assert (summary["num_candidates"], summary["num_trials"]) == (4, 12)
     assert summary["failed"] == {}
-    board = tested(config.out)
+    board = board_of(config.out)
     assert set(board["tests"]) == {"label", "other"}
     assert board["tests"]["label"]["num"] == 48
     assert board["tests"]["other"]["num"] == 36
@@ -246,13 +246,13 @@ def test_a_killed_search_goes_on_and_repeats_nothing(start_cytoray, tmp_path) ->
     out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
     command = ["tune", "--index", index, "--bags", bags, "--out", out, "--aggregators", "mean",
                "abmil", "--lora-ranks", "0", "--lrs", "1e-2", "1e-3", "1e-4", "1e-5",
-               "--mil.epochs", "12", "--tracking-uri", uri, "--resume"]  # fmt: skip
-    first = start_cytoray(*command, cpus=1)
+               "--mil.epochs", "20", "--max-concurrent", "1", "--tracking-uri", uri, "--resume"]  # fmt: skip
+    first = start_cytoray(*command)
     first.wait_for(lambda: len(list(out.glob("trials/*/result.json"))) >= 2)
     first.kill()
     before = {path: path.stat().st_mtime_ns for path in out.glob("trials/*/result.json")}
     assert 2 <= len(before) < 8
-    second = start_cytoray(*command, cpus=1)
+    second = start_cytoray(*command)
     assert second.process.wait(120) == 0, second.log.read_text()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(trial_results(out)) == 8
