@@ -221,10 +221,12 @@ def predict_part(
 
 
 def run_one(spec: TrialSpec, settings: SearchSettings) -> dict[str, Any]:
-    """One trial on the cluster, unless it is finished already."""
+    """One trial, unless it is finished: here, or where it needs the encoder or a GPU, as a task."""
     done = read_result(spec.folder)
     if done is not None:
         return done
+    if spec.config.lora_rank == 0 and not settings.gpus_per_trial:
+        return run_trial(spec, settings)
     task = ray.remote(run_trial).options(
         num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial or None
     )

@@ -175,7 +175,7 @@ def test_bad_trials_end_early_and_leave_their_result(settings, tmp_path) -> None
             patience=0,
             min_lr=0.0,
             seed=2,
-        )
+        )  # fmt: skip
         for lr in (1e-2, 1e-9, 2e-9)
     ]
     with Progress("t") as progress:

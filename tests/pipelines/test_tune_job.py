@@ -215,7 +215,7 @@ def test_folds_encoders_and_several_labels_at_once(ray_cluster, tracking_uri, tm
         group="image", aggregators=("mean", "abmil"), lora_ranks=(0,),
         space=tmp_path / "space.yaml",
         search="random", num_samples=2, folds=3, asha=True, grace_epochs=2, reduction=2.0,
-        mil=MILConfig(epochs=5, balanced_sampling=True), calibrate=True, cpus_per_trial=0.5,
+        mil=MILConfig(epochs=5, balanced_sampling=True), calibrate=True, max_concurrent=2,
         model_name="tests-folds", tracking_uri=tracking_uri,
     )  # fmt: skip
     summary = tune.run(config)
@@ -246,7 +246,8 @@ def test_a_killed_search_goes_on_and_repeats_nothing(start_cytoray, tmp_path) ->
     out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
     command = ["tune", "--index", index, "--bags", bags, "--out", out, "--aggregators", "mean",
                "abmil", "--lora-ranks", "0", "--lrs", "1e-2", "1e-3", "1e-4", "1e-5",
-               "--mil.epochs", "20", "--max-concurrent", "1", "--tracking-uri", uri, "--resume"]  # fmt: skip
+               "--mil.epochs", "20", "--max-concurrent", "1", "--tracking-uri", uri,
+               "--resume"]  # fmt: skip
     first = start_cytoray(*command)
     first.wait_for(lambda: len(list(out.glob("trials/*/result.json"))) >= 2)
     first.kill()
