@@ -147,7 +147,7 @@ def check_features(bags: Sequence[LabelledBag]) -> int:
         if view.ndim != 2 or view.shape[0] == 0 or view.shape[1] != width:
             shape = tuple(view.shape)
             problems.append(f"bag {bag.slide_id}: shape {shape}, expected (N >= 1, {width})")
-        elif not bool((torch if isinstance(view, Tensor) else np).isfinite(view).all()):
+        elif not (view.isfinite() if isinstance(view, Tensor) else np.isfinite(view)).all():
             problems.append(f"bag {bag.slide_id}: features hold NaN or infinity; embed it again")
     raise_problems("these bags cannot be used:", problems)
     return width
