@@ -1,14 +1,14 @@
 """A grid of 24 MIL trials on the cluster against the same trials one after another.
 
-    python -m benchmarks.tune [--slides 96] [--epochs 8] [--rounds 3] [--cpus 2]
+    python -m benchmarks.tune [--slides 96] [--epochs 20] [--rounds 3] [--cpus 2] [--threads 0]
     python -m benchmarks.tune --kill-drill [--seed 0]
 
 Three aggregators x four learning rates x two weight decays on the same features, held in memory.
-`serial` is plain Python: `train_frozen` for one trial after another, with one thread or with all,
-whichever is faster on the first trials. `grid` is what `cytoray tune` does for them on a running
-Ray: features into the object store, actors, trials, heads and results on disk, MLflow runs. Rounds
-are interleaved, figures are medians. `trial_overhead_s` is what a trial costs an actor beyond its
-training: (grid seconds x actors - seconds spent in trials) / trials.
+`serial` is plain Python: `train_frozen` for one trial after another, with `--threads` threads, or
+with one or all, whichever is faster on a few trials. `grid` is what `cytoray tune` does for them on
+a running Ray: features into the object store, actors, trials, heads and results on disk, MLflow
+runs. Rounds are interleaved, figures are medians. `trial_overhead_s` is what a trial costs an actor
+beyond its training: (grid seconds x actors - seconds spent in trials) / trials.
 
 The kill drill starts `cytoray tune` on a 24-trial grid, kills the driver at a random moment, starts
 it again with `--resume`, and checks that no finished trial ran again and that MLflow has one run
@@ -133,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Interleaved rounds of both."""
     configs = configs_of(grid(AXES), MILConfig(epochs=arguments.epochs, patience=0))
     data = make_cohort(arguments.slides)
-    threads = faster_threads(configs, *data)
+    threads = arguments.threads or faster_threads(configs, *data)
     began = time.perf_counter()
     connect(None, num_cpus=arguments.cpus)
     start_s = time.perf_counter() - began
@@ -227,9 +227,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--slides", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="of plain Python; 0: the faster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-drill", action="store_true")
     arguments = parser.parse_args()
