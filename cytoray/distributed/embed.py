@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import ray
@@ -17,6 +16,7 @@ import torch
 from cytoray.distributed.cluster import Shared
 from cytoray.distributed.tile_source import (
     Positions,
+    ReadChunks,
     pack_chunk,
     quiet_data_context,
     unpack_chunk,
@@ -27,7 +27,6 @@ from cytoray.models.encoder import Encoder, load_encoder
 from cytoray.progress import Progress
 from cytoray.slides import quarantine_row
 from cytoray.streaming.plan import ReadPlan
-from cytoray.streaming.tile_pixels import ChunkTiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +48,6 @@ class EncoderChoice:
             InputError: no such encoder; near names are listed.
         """
         return load_encoder(self.source, pretrained=self.pretrained, device=device)
-
-
-class ReadChunks:
-    """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
-
-    def __init__(self, plan: Shared) -> None:
-        cv2.setNumThreads(1)  # the actor's share is one core
-        self.tiles = ChunkTiles(plan.get())
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for chunk in table.column("position").to_pylist():
-            yield pack_chunk(self.tiles.read(chunk))
 
 
 class EmbedChunks:

@@ -16,6 +16,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from cytoray.distributed.cluster import Share, Shared
 from cytoray.streaming import ChunkOrder
+from cytoray.streaming.tile_pixels import ChunkTiles
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
 
 _POSITIONS_PER_LIST_TASK = 100_000
@@ -65,6 +66,18 @@ class ReadTiles:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for position in table.column("position").to_pylist():
             yield pack_chunk(self.reader.read(position))
+
+
+class ReadChunks:
+    """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
+
+    def __init__(self, plan: Shared) -> None:
+        cv2.setNumThreads(1)  # the actor's share is one core
+        self.tiles = ChunkTiles(plan.get())
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for chunk in table.column("position").to_pylist():
+            yield pack_chunk(self.tiles.read(chunk))
 
 
 def pack_chunk(columns: dict[str, np.ndarray]) -> pa.Table:
