@@ -113,12 +113,11 @@ class ChunkTiles:
         except SlideError as error:
             chunk, failure = None, str(error)
         size = self.plan.tile_px
-        pixels = np.zeros((len(indices), size, size, 3), np.uint8)
+        pixels = np.empty((len(indices), size, size, 3), np.uint8)
         errors = []
         for i, index in enumerate(indices):
             errors.append(failure or (chunk.bad_tiles.get(index, "") if chunk else ""))
-            if chunk is not None and not errors[-1]:
-                pixels[i] = chunk.tile(index)
+            pixels[i] = 0 if chunk is None or errors[-1] else chunk.tile(index)
         return {
             "slide": np.full(len(indices), slide, np.int64),
             "tile_id": np.array([tile_id(name, index) for index in indices]),
