@@ -29,6 +29,7 @@ from cytoray.streaming.plan import ReadPlan, make_plan
 from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig, latest_checkpoint
+from cytoray.training.costs import step_costs
 
 _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
@@ -269,9 +270,27 @@ def _say(
         "workers": f"{config.workers} x {'GPU' if use_gpu else f'{share.cpus_per_worker:g} CPU'}",
         "readers": f"{share.min_readers} to {share.max_readers} x {share.cpus_per_reader:g} CPU",
         "method": f"{ssl.method}, {ssl.backbone.name}",
+        **_costs(config, ssl, use_gpu),
     }
     summary_table("pretrain: dry run, nothing was started", summary)
     return summary
+
+
+def _costs(config: Config, ssl: PretrainConfig, use_gpu: bool) -> dict[str, Any]:
+    """Parameters, work and memory of the run as the dry run prints them."""
+    fp32 = ssl.precision == "fp32" or (ssl.precision == "auto" and not use_gpu)
+    costs = step_costs(ssl, precision="fp32" if fp32 else "bf16")
+    share = ssl.batch_size // config.workers
+    flops = costs.flops_per_tile * ssl.batch_size * ssl.total_steps
+    return {
+        "parameters": f"{costs.num_parameters / 1e6:.1f} M trained, "
+        f"{costs.num_backbone_parameters / 1e6:.1f} M of them the encoder",
+        "work": f"{costs.flops_per_tile / 1e9:.1f} GFLOP a tile, {flops / 1e15:,.3g} PFLOP in all",
+        "memory": f"at least {costs.memory_bytes(share) / 2**30:.1f} GiB a worker with {share} "
+        f"tiles ({costs.state_bytes / 2**30:.1f} GiB of it weights and optimiser)",
+        "hours": f"at least {flops / config.workers / 3.6e18:,.3g} where a worker sustains 1 "
+        "PFLOP/s; `cytoray plan` measures your own",
+    }
 
 
 def _finish(
