@@ -117,9 +117,7 @@ class QcRow:
         )
 
 
-def describe(
-    row: Mapping[str, Any], problems: Problems, out: Path, labels: Sequence[str]
-) -> QcRow:
+def describe(row: Mapping[str, Any], problems: Problems, out: Path, labels: Sequence[str]) -> QcRow:
     """Make a slide's row; see `cytoray.report.qc.write_qc` for what `row` may hold."""
     row = json_ready(row)
     slide_id = str(row["slide_id"])
@@ -156,11 +154,10 @@ def _reason(row: Mapping[str, Any], found: Sequence[Sequence[str]]) -> str:
 
 def _metrics(row: Mapping[str, Any], num_regions: int) -> dict[str, float | None]:
     tiles, nuclei = row.get("num_tiles"), row.get("num_nuclei")
-    known = tiles and nuclei is not None
     return {
         "tiles": tiles,
         "nuclei": nuclei,
-        "nuclei_per_tile": nuclei / tiles if known else None,
+        "nuclei_per_tile": nuclei / tiles if tiles and nuclei is not None else None,
         "mpp": row.get("mpp_x") or row.get("mpp"),
         "foreground": row.get("foreground_share"),
         "focus": row.get("focus_median"),

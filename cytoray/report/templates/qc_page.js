@@ -5,9 +5,10 @@ let shownNow = { slides: [], question: null };
 function chips(question) {
   const made = [];
   for (const [name, value] of question.params) {
-    if (["sort", "dir", "page", "size"].includes(name)) continue;
+    if (["sort", "dir", ...NOT_ASKED].includes(name)) continue;
     const column = COLUMNS.find(([metric]) => metric === name);
     let words = `${name.replace(/^is\./, "").replaceAll("_", " ")}: ${value.replaceAll("_", " ")}`;
+    if (name === "status") words = [...at("status").options].find((option) => option.value === value)?.text ?? words;
     if (meta.metrics.includes(name)) {
       const { low, high } = rangeOf(value);
       const span = high === Infinity ? `${short(low)} and more` : short(low) === short(high) ? short(low) : `${short(low)} to ${short(high)}`;
@@ -64,11 +65,21 @@ async function draw() {
     : "no such slide";
   fillControls(question, pages);
   drawCharts(slides, question.params);
+  const wanted = question.params.get("slide");
+  if (wanted !== null) await view(slides.findIndex((slide) => ids[slide] === wanted));
   document.body.dataset.ready = location.hash || "#";
 }
 
 let viewed = 0;
 let viewTurn = 0;
+
+// Put the slide in view into the address, or take it out, without asking anew.
+function noteViewed(id) {
+  const params = new URLSearchParams(location.hash.slice(1));
+  if (id === null) params.delete("slide");
+  else params.set("slide", id);
+  history.replaceState(null, "", "#" + params.toString());
+}
 
 async function view(position) {
   const { slides } = shownNow;
@@ -83,6 +94,7 @@ async function view(position) {
   at("viewer-body").replaceChildren(large(slide, shown));
   at("viewer-back").disabled = position === 0;
   at("viewer-next").disabled = position === slides.length - 1;
+  noteViewed(ids[slide]);
   if (!at("viewer").open) at("viewer").showModal();
 }
 
@@ -109,6 +121,7 @@ function listen() {
   at("viewer-back").addEventListener("click", () => view(viewed - 1));
   at("viewer-next").addEventListener("click", () => view(viewed + 1));
   at("viewer-close").addEventListener("click", () => at("viewer").close());
+  at("viewer").addEventListener("close", () => noteViewed(null));
   at("viewer").addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (step) { event.preventDefault(); view(viewed + step); }

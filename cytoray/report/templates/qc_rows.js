@@ -54,7 +54,7 @@ function picture(slide, kind, url, lazy) {
 
 function strip(slide, shown, position) {
   const kinds = Object.entries(shown.images);
-  if (!kinds.length) return element("span", "quiet none", "no picture");
+  if (!kinds.length) return "";
   const made = button("strip", undefined, () => view(position));
   made.setAttribute("aria-label", `Show ${ids[slide]} large`);
   for (const [kind, url] of kinds) made.append(picture(slide, kind, url, true));
@@ -111,6 +111,11 @@ function rowOf(slide, shown, position) {
   const left = regions(slide, shown);
   if (left) about.append(left);
   row.append(about);
+  const numbers = columns().slice(1).filter(([name]) => name !== "regions");
+  if (numbers.every(([name]) => metrics[name][slide] !== metrics[name][slide])) {
+    about.colSpan = columns().length;
+    return row;
+  }
   for (const [name, title, format, source] of columns().slice(1)) {
     const value = metrics[name][slide];
     const cell = element("td", "number", value === value ? format(value) : "\u2013");

@@ -1,5 +1,6 @@
 // What is asked for stands in the page's address after #, e.g. #sort=focus&page=2&reason=no_nuclei
 const SIZES = [25, 50, 100];
+const NOT_ASKED = ["page", "size", "slide"];  // turn pages or show a slide, choose none
 const ASCENDING_FIRST = new Set(["id", "focus"]);
 
 function asked() {
@@ -23,6 +24,7 @@ function ask(changes, { quiet = false } = {}) {
     if (value === null || value === "") params.delete(name);
     else params.set(name, value);
   }
+  params.delete("slide");
   const hash = "#" + params.toString();
   if (quiet) {
     history.replaceState(null, "", hash);
@@ -88,7 +90,7 @@ let answered = { key: null, slides: [] };
 // Numbers of the slides asked for, in order; kept while only the page is turned.
 function select(question) {
   const params = new URLSearchParams(question.params);
-  for (const name of ["page", "size"]) params.delete(name);
+  for (const name of NOT_ASKED) params.delete(name);
   const key = params.toString();
   if (answered.key === key) return answered.slides;
   const tests = testsOf(params);
