@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
 
+from cytoray.distributed.stage_meter import TRAIN, TRAINERS, Reporter
 from cytoray.distributed.tile_source import unpack_chunk
 from cytoray.streaming import StreamPosition
+
+_POLL_S = 0.002
 
 
 @dataclass
@@ -23,7 +26,7 @@ class TileBatch:
         columns: numpy arrays by name, one row a tile (`pixels` uint8 (b, S, S, 3), ...).
         after: position after the global batch.
         tiles: tiles of the global batch.
-        wait_s: seconds the training loop stood still for it.
+        wait_s: seconds in which neither the training loop nor its device had anything to do.
     """
 
     columns: dict[str, np.ndarray]
@@ -34,9 +37,28 @@ class TileBatch:
 
 
 class TileStream:
-    """Iterates over one rank's batches; a thread fetches ahead so that training does not wait."""
+    """Iterates over one rank's batches; a thread fetches ahead so that training does not wait.
 
-    def __init__(self, dealer_name: str, rank: int, *, prefetch: int = 2) -> None:
+    Args:
+        dealer_name: of the dealer.
+        rank: whose batches.
+        prefetch: batches fetched ahead.
+        reporter: told when this rank works and when it waits.
+        device_busy: whether the device still works on what it was given; as long as it does,
+            nobody waits.
+    """
+
+    def __init__(
+        self,
+        dealer_name: str,
+        rank: int,
+        *,
+        prefetch: int = 2,
+        reporter: Reporter | None = None,
+        device_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._reporter = reporter or Reporter("", TRAINERS)
+        self._device_busy = device_busy
         self._dealer = ray.get_actor(dealer_name, namespace="cytoray")
         self._rank = rank
         self._prefetch = prefetch
@@ -80,9 +102,13 @@ class TileStream:
 
     def __iter__(self) -> Iterator[TileBatch]:
         while True:
-            begin = time.perf_counter()
             with self._changed:
+                while not self._ready and self._device_busy():
+                    self._changed.wait(_POLL_S)
+                begin = time.perf_counter()
+                self._reporter.switch("")
                 self._changed.wait_for(lambda: self._ready)
+                self._reporter.switch(TRAIN)
                 item = self._ready.pop(0)
                 self._changed.notify_all()
             if item is None:
