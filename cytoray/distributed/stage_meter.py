@@ -92,7 +92,7 @@ def find_meter(name: str) -> Any:
     """The meter's handle, or None when there is none (yet, or any more)."""
     try:
         return ray.get_actor(name, namespace=_NAMESPACE)
-    except ValueError:
+    except (ValueError, RayError):
         return None
 
 
