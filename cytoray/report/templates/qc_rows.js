@@ -87,7 +87,7 @@ function regions(slide, shown) {
   if (!shown.regions.length) return null;
   const box = element("details", "regions");
   const number = metrics.regions[slide];
-  box.append(element("summary", "", `${whole(number)} region${number === 1 ? "" : "s"} left out`));
+  box.append(element("summary", "", number === 1 ? "which region" : "which regions"));
   const list = element("ul");
   for (const [region, code, message] of shown.regions) {
     const line = element("li");
@@ -145,7 +145,7 @@ function heads(question) {
 }
 
 function large(slide, shown) {
-  const body = element("div", "large");
+  const body = element("div", Object.keys(shown.images).length ? "large" : "large bare");
   const shots = element("div", "shots");
   for (const [kind, url] of Object.entries(shown.images)) {
     const figure = element("figure");
