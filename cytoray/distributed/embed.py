@@ -14,6 +14,14 @@ import ray.data
 import torch
 
 from cytoray.distributed.cluster import Shared
+from cytoray.distributed.stage_meter import (
+    EMBED,
+    EMBED_STAGES,
+    ENCODERS,
+    Reporter,
+    StageWatch,
+    stage_meter,
+)
 from cytoray.distributed.tile_source import (
     Positions,
     ReadChunks,
@@ -53,17 +61,22 @@ class EncoderChoice:
 class EmbedChunks:
     """Ray Data stage: tiles -> features float16 (n, D); pixels end here."""
 
-    def __init__(self, choice: EncoderChoice, use_gpu: bool, threads: int) -> None:
+    def __init__(self, choice: EncoderChoice, use_gpu: bool, threads: int, meter: str) -> None:
         self.device = "cuda" if use_gpu else "cpu"
         if not use_gpu:
             torch.set_num_threads(threads)
         self.encoder = choice.load(self.device)
+        self.reporter = Reporter(meter, ENCODERS)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for i in range(table.num_rows):
+            self.reporter.switch(EMBED)
             columns = unpack_chunk(table.slice(i, 1), 0, None)
             pixels = columns.pop("pixels")
-            yield pack_chunk(columns | {"features": self.embed(pixels)})
+            packed = pack_chunk(columns | {"features": self.embed(pixels)})
+            self.reporter.switch("")
+            self.reporter.add(EMBED, done=len(pixels))
+            yield packed
 
     @torch.inference_mode()
     def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -121,11 +134,12 @@ def embed_slides(
     )
     done = total - len(wanted)
     tiles = 0
-    for columns in _stream(plan, chunks, choice, use_gpu, num_encoders):
-        tiles += len(columns["tile_id"])
-        done += writer.add(columns)
-        progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
-        progress.update("slides", done, total, "slides")
+    with stage_meter() as meter, StageWatch(meter, EMBED_STAGES, progress):
+        for columns in _stream(plan, chunks, choice, use_gpu, num_encoders, meter):
+            tiles += len(columns["tile_id"])
+            done += writer.add(columns)
+            progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
+            progress.update("slides", done, total, "slides")
     done += writer.finish()
     progress.update("slides", done, total, "slides")
     ids = plan.slides.column("slide_id").to_pylist()
@@ -163,7 +177,12 @@ def _slides_to_do(plan: ReadPlan, bags: Path, encoder_id: str) -> list[int]:
 
 
 def _stream(
-    plan: ReadPlan, chunks: np.ndarray, choice: EncoderChoice, use_gpu: bool, num_encoders: int
+    plan: ReadPlan,
+    chunks: np.ndarray,
+    choice: EncoderChoice,
+    use_gpu: bool,
+    num_encoders: int,
+    meter: str,
 ) -> Iterator[dict[str, np.ndarray]]:
     context = ray.data.DataContext.get_current()
     quiet_data_context()
@@ -179,7 +198,7 @@ def _stream(
         Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1
     ).map_batches(
         ReadChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(shared,),
+        fn_constructor_args=(shared, meter),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reader_cpus,
@@ -187,7 +206,7 @@ def _stream(
     )
     dataset = dataset.map_batches(
         EmbedChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(choice, use_gpu, max(1, round(encoder_cpus))),
+        fn_constructor_args=(choice, use_gpu, max(1, round(encoder_cpus)), meter),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=encoder_cpus,
