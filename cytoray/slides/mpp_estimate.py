@@ -18,8 +18,8 @@ from cytoray.slides.readers_base import SlideReader
 
 PixelDetector = Callable[[np.ndarray, float], np.ndarray]
 
-# Nuclei of intermediate (35 um2) and parabasal cells (50 um2) have radii of 3.3 and 4.0 um, those of
-# lymphocytes about 3.5 um, the lobes of a granulocyte less (Nayar and Wilbur 2015; Koss 2006).
+# Nuclei of intermediate (35 um2) and parabasal cells (50 um2) have radii of 3.3 and 4.0 um, those
+# of lymphocytes about 3.5 um, the lobes of a granulocyte less (Bethesda System, 3rd edition).
 EXPECTED_RADIUS_UM = 3.5
 ASSUMED_MPP = tuple(np.geomspace(0.1, 2.0, 14).tolist())
 REGION_PX = 1024
@@ -29,8 +29,8 @@ MIN_OPTICAL_DENSITY = 0.06
 SAME_RADIUS_RATIO = 1.3
 MIN_TIMES_FOUND = 5
 MIN_NUCLEI = 10
-# Sizes are smoothed over about a third; a smaller size nearly as common as the most common is taken,
-# since cells found whole are larger than their nuclei.
+# Sizes are smoothed over about a third; a smaller size nearly as common as the most common is
+# taken, since cells found whole are larger than their nuclei.
 SMOOTHING_LOG = 0.35
 NEARLY_AS_COMMON = 0.7
 
