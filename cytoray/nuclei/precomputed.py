@@ -19,8 +19,8 @@ from cytoray.nuclei.centroid_files import SUFFIXES, FoundNuclei, read_centroids
 FRAMES = ("level0", "um")
 # A nucleus cut by the slide's border may have its centre outside; more of them is a wrong frame.
 MAX_OUTSIDE_SHARE = 0.01
-# Nuclei make their tile foreground; where fewer lie on foreground, they lie in the wrong place.
-MIN_FOREGROUND_SHARE = 0.5
+# Nuclei are foreground; where fewer of them lie on it, they lie in the wrong place.
+MIN_FOREGROUND_SHARE = 0.6
 # Between the nuclei of intermediate (35 um2) and parabasal cells (50 um2).
 DEFAULT_RADIUS_UM = 3.7
 
@@ -150,31 +150,31 @@ class PrecomputedNuclei:
 
 
 def check_on_foreground(
-    nuclei_level0: np.ndarray, keep: np.ndarray, tile_side_level0: tuple[float, float]
+    nuclei_level0: np.ndarray, mask: np.ndarray, width_px_level0: int, height_px_level0: int
 ) -> None:
     """Refuse nuclei that do not lie where the slide's cells are: the frame or scale is wrong.
 
     Micrometres read as pixels stay inside the slide; only its foreground gives them away.
 
     Args:
-        nuclei_level0: float (N, 4), x_level0, y_level0 first.
-        keep: bool (tile_rows, tile_columns), tiles with foreground.
-        tile_side_level0: a tile's width and height in level-0 pixels.
+        nuclei_level0: float (N, 4), x_level0, y_level0 first, all inside the slide.
+        mask: bool (h, w), the foreground of the whole slide at any scale.
+        width_px_level0, height_px_level0: size of the slide.
 
     Raises:
-        SlideError: `nuclei_outside` when fewer than half lie on tiles with foreground.
+        SlideError: `nuclei_outside` when fewer than 60 % lie on foreground.
     """
-    column, row = ((nuclei_level0[:, :2] + 0.5) // np.asarray(tile_side_level0)).astype(int).T
-    # What is right of or below the last whole tile says nothing
-    on_grid = (row < keep.shape[0]) & (column < keep.shape[1])
-    if not on_grid.any():
+    if not len(nuclei_level0):
         return
-    share = float(keep[row[on_grid], column[on_grid]].mean())
+    height, width = mask.shape
+    scale = np.array([width / width_px_level0, height / height_px_level0])
+    column, row = np.floor((nuclei_level0[:, :2] + 0.5) * scale).astype(int).T
+    share = float(mask[row.clip(0, height - 1), column.clip(0, width - 1)].mean())
     if share < MIN_FOREGROUND_SHARE:
         raise SlideError(
             "nuclei_outside",
             f"only {share:.0%} of the {len(nuclei_level0):,} nuclei lie where the slide has cells "
-            f"({keep.mean():.0%} of its tiles); see that they belong to this slide, and that their "
+            f"({mask.mean():.0%} of its area); see that they belong to this slide, and that their "
             "frame ('level0' or 'um') and the slide's um per pixel are right",
         )
 

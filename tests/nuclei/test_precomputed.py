@@ -298,13 +298,12 @@ def test_wrong_options_are_all_named(tmp_path):
 
 
 def test_nuclei_off_the_foreground_are_refused():
-    keep = np.zeros((4, 5), bool)
-    keep[2, 3] = True
+    mask = np.zeros((40, 50), bool)
+    mask[20:30, 30:40] = True
     on = np.array([[310, 210, 4, 1], [399.4, 299.4, 4, 1], [299.5, 199.5, 4, 1]], np.float32)
     off = np.array([[0, 0, 4, 1], [400, 210, 4, 1]], np.float32)
-    check_on_foreground(np.concatenate([on, off]), keep, (100, 100))
-    check_on_foreground(np.array([[501, 10, 4, 1]]), keep, (100, 100))  # beyond the last tile
-    check_on_foreground(np.zeros((0, 4)), keep, (100, 100))
-    with pytest.raises(SlideError, match=r"only 33% of the 3 nuclei .*5% of its tiles") as caught:
-        check_on_foreground(np.concatenate([on[:1], off]), keep, (100, 100))
+    check_on_foreground(np.concatenate([on, off]), mask, 500, 400)
+    check_on_foreground(np.zeros((0, 4)), mask, 500, 400)
+    with pytest.raises(SlideError, match=r"only 33% of the 3 nuclei .*5% of its area") as caught:
+        check_on_foreground(np.concatenate([on[:1], off]), mask, 500, 400)
     assert caught.value.code == "nuclei_outside"
