@@ -19,7 +19,9 @@ from cytoray.nuclei import DETECTORS
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder
-from cytoray.slides import Grid, read_manifest
+from cytoray.slides import Grid, magnification_to_mpp, read_manifest
+
+_MPP = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Config:
             split and label columns.
         out: folder of the index.
         tile_px: tile side in pixels at `mpp`.
-        mpp: um/px of the tiles.
+        mpp: um/px of the tiles; default: 0.5.
         magnification: instead of mpp: 20 is 0.5 um/px, 40 is 0.25.
         detector: nuclei detector; `none` leaves detection to pretraining.
         keep_share: a tile is kept when at least this share of it is foreground.
@@ -48,7 +50,7 @@ class Config:
     manifest: Path
     out: Path
     tile_px: int = 224
-    mpp: float = 0.5
+    mpp: float | None = None
     magnification: float | None = None
     detector: str = "classical"
     keep_share: float = 0.02
@@ -68,6 +70,13 @@ class Config:
             )
         if self.magnification is not None and self.magnification <= 0:
             problems.append(f"--magnification must be above 0, not {self.magnification:g}")
+        elif self.magnification is not None and self.mpp is not None:
+            meant = magnification_to_mpp(self.magnification)
+            if abs(self.mpp / meant - 1) > 1e-6:
+                problems.append(
+                    f"--magnification {self.magnification:g} is {meant:g} um/px, --mpp says "
+                    f"{self.mpp:g}; give one of them"
+                )
         if not 0 <= self.keep_share <= 1:
             problems.append(f"--keep-share must be from 0 to 1, not {self.keep_share:g}")
         if self.timeout_s < 0:
@@ -80,8 +89,9 @@ class Config:
 
     @property
     def grid(self) -> Grid:
-        mpp = self.mpp if self.magnification is None else 10.0 / self.magnification
-        return Grid(tile_px=self.tile_px, mpp=mpp)
+        if self.magnification is not None:
+            return Grid(tile_px=self.tile_px, mpp=magnification_to_mpp(self.magnification))
+        return Grid(tile_px=self.tile_px, mpp=_MPP if self.mpp is None else self.mpp)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -110,7 +120,7 @@ def run(config: Config) -> dict[str, Any]:
     page = write_qc(
         folder.path,
         (_qc_row(row) for batch in slides.to_batches(4096) for row in batch.to_pylist()),
-        quarantine.to_pylist(),
+        [_qc_problem(row) for row in quarantine.to_pylist()],
         subtitle=str(config.manifest),
     )
     usable = sum(status == "ok" for status in slides.column("status").to_pylist())
@@ -140,6 +150,11 @@ def _qc_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the slide table as the QC page takes it: no local paths, two kinds of status."""
     status = "ok" if row["status"] == "ok" else "quarantined"
     return {k: v for k, v in row.items() if k not in ("path", "keep_masks")} | {"status": status}
+
+
+def _qc_problem(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the quarantine as the QC page takes it: its message without the slide's path."""
+    return row | {"message": row["message"].replace(row["path"], "the slide's file")}
 
 
 if __name__ == "__main__":

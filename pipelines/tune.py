@@ -147,6 +147,7 @@ def run(config: Config) -> dict[str, Any]:
         results, failed = run_grid(
             specs, settings, folder.path, progress=progress, max_concurrent=config.max_concurrent
         )
+    failed = hide_paths(failed, config.index)
     _close_children(tracker, specs, results, failed)
     if not results:
         tracker.end_run(run_id, "FAILED")
@@ -267,6 +268,15 @@ def trial_spec(
 def _spec_of(specs: list[TrialSpec], result: dict[str, Any]) -> Any:
     spec = next(spec for spec in specs if spec.key == result["key"])
     return replace(spec, folder=Path(spec.folder))  # type: ignore[arg-type]
+
+
+def hide_paths(failed: dict[str, str], index: Path) -> dict[str, str]:
+    """Messages of failed trials without the paths of slides: they go to MLflow and the report."""
+    if not failed:
+        return {}
+    for path in read_slide_table(index / "slides.parquet").column("path").to_pylist():
+        failed = {key: text.replace(path, "a slide's file") for key, text in failed.items()}
+    return failed
 
 
 def _close_children(

@@ -11,6 +11,7 @@ import numpy as np
 from cytoray.errors import InputError, choose
 from cytoray.nuclei.cellpose import CellposeDetector
 from cytoray.nuclei.classical import ClassicalConfig, ClassicalDetector
+from cytoray.nuclei.precomputed import PrecomputedNuclei
 
 
 class Detector(Protocol):
@@ -54,6 +55,7 @@ DETECTORS: dict[str, Callable[..., Detector]] = {
     "classical": build_classical,
     "cellpose": CellposeDetector,
     "none": NoDetector,
+    "precomputed": PrecomputedNuclei,
 }
 _OPTIONS: dict[str, Callable[..., Any]] = {**DETECTORS, "classical": ClassicalConfig}
 

@@ -24,7 +24,8 @@ from cytoray.slides.grid import (
     tile_id,
 )
 from cytoray.slides.manifest import Manifest, read_manifest
-from cytoray.slides.mpp import ResolvedMpp, resolve_mpp
+from cytoray.slides.mpp import ResolvedMpp, magnification_to_mpp, resolve_mpp
+from cytoray.slides.mpp_estimate import mpp_from_nuclei
 from cytoray.slides.quarantine import (
     QUARANTINE_SCHEMA,
     merge_quarantine,
@@ -68,9 +69,11 @@ __all__ = [
     "foreground_mask",
     "grid_of_row",
     "inspect_slide",
+    "magnification_to_mpp",
     "mask_indices",
     "mask_to_bool",
     "merge_quarantine",
+    "mpp_from_nuclei",
     "open_slide",
     "parse_tile_id",
     "quarantine_row",

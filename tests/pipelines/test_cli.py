@@ -130,6 +130,8 @@ def test_grid_out_of_range(refused, tmp_path) -> None:
     assert "tile_px must be between 16 and 1024, not 4" in said
     assert "mpp must be between" in said
     assert "magnification" in refused(*flags, "--magnification", 0)
+    both = refused(*flags, "--magnification", 40, "--mpp", 0.5)
+    assert "--magnification 40 is 0.25 um/px, --mpp says 0.5" in both
 
 
 @pytest.mark.parametrize("job", ["pretrain", "embed", "tune"])
