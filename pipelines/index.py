@@ -17,6 +17,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder
 from cytoray.slides import Grid, read_manifest
+from cytoray.slides.remote import check_urls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class Config:
     """Check every slide, find its cells and nuclei, and write the tables later jobs plan from.
 
     Attributes:
-        manifest: CSV or Parquet with slide_id, path and, if you have them, patient_id, site, mpp,
-            split and label columns.
+        manifest: CSV or Parquet, a path or a URL, with slide_id, path and, if you have them,
+            patient_id, site, mpp, split and label columns.
         out: folder of the index.
         tile_px: tile side in pixels at `mpp`.
         mpp: um/px of the tiles.
@@ -39,7 +40,7 @@ class Config:
         address: a running Ray cluster, `auto` or HOST:PORT; default: start one here.
     """
 
-    manifest: Path
+    manifest: str | Path
     out: Path
     tile_px: int = 224
     mpp: float = 0.5
@@ -82,6 +83,7 @@ def run(config: Config) -> dict[str, Any]:
         trust_manifest_mpp=config.trust_manifest_mpp,
     )
     manifest = read_manifest(config.manifest)
+    check_urls(row["path"] for row in manifest.iter_rows())
     connect(config.address)
     folder = RunFolder.open(config.out, "index", to_plain(config), config.resume)
     with Progress(f"index of {len(manifest):,} slides") as progress:

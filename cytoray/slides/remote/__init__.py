@@ -1,7 +1,7 @@
 """Slides at any fsspec URL: staged to a cache of the node, then opened like local files."""
 
 from cytoray.slides.remote.cache import SlideCache, StagedSlide
-from cytoray.slides.remote.default import default_cache
+from cytoray.slides.remote.default import default_cache, stage
 from cytoray.slides.remote.lookup import (
     RemoteFile,
     RemoteSlide,
@@ -24,4 +24,5 @@ __all__ = [
     "redact",
     "remote_fingerprint",
     "remote_slide",
+    "stage",
 ]

@@ -124,6 +124,10 @@ class SlideCache:
                 return self._stage(slide)
             except ChangedError:
                 continue
+            except SlideError as error:
+                broken = error.code in ("download_failed", "checksum_mismatch")
+                if not broken or not self._is_replaced(slide):
+                    raise
             except OSError as error:
                 raise disk_problem(error, self.folder) from error
         raise SlideError(
@@ -142,7 +146,8 @@ class SlideCache:
             if lock is None:
                 self._reserve(slide, folder)
             elif target.exists():
-                os.utime(folder)
+                now_ns = time.time_ns()  # finer than the clock of the file system
+                os.utime(folder, ns=(now_ns, now_ns))
                 return StagedSlide(target, lock, self)
             else:
                 os.close(lock)
@@ -174,7 +179,7 @@ class SlideCache:
         try:
             for file in slide.files:
                 fetch(file, _partial(folder, file.name), self.policy)
-            if remote_slide(slide.url, fresh=True, policy=self.policy).version != slide.version:
+            if self._is_replaced(slide):
                 raise ChangedError
             for file in reversed(slide.files):
                 os.replace(_partial(folder, file.name), folder / file.name)
@@ -186,6 +191,10 @@ class SlideCache:
         except OSError:
             self._remove(folder)
             raise
+
+    def _is_replaced(self, slide: RemoteSlide) -> bool:
+        """Whether the store holds another version by now; this process goes on with that one."""
+        return remote_slide(slide.url, fresh=True, policy=self.policy).version != slide.version
 
     def _reserve(self, slide: RemoteSlide, folder: Path) -> None:
         """Make the entry once there is room for it."""

@@ -6,12 +6,25 @@ import functools
 import os
 import shutil
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from cytoray.errors import InputError
 from cytoray.slides.remote.cache import GB, SlideCache
+from cytoray.slides.remote.urls import is_remote
 
 DEFAULT_CACHE_GB = 100.0
+
+
+def stage(path: str) -> AbstractContextManager[object]:
+    """Bring a slide to this node ahead of `open_slide`, and keep it here inside the `with`.
+
+    A download may take long; this keeps it out of what is timed. Nothing is done to a local path.
+
+    Raises:
+        SlideError, InputError: see `SlideCache.stage`.
+    """
+    return default_cache().stage(path) if is_remote(path) else nullcontext()
 
 
 def default_cache() -> SlideCache:

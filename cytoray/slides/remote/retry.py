@@ -50,17 +50,19 @@ class Attempts:
 
         Raises:
             SlideError: trying again is of no use (`missing_file`, `access_denied`), or it was
-                tried often enough (`download_failed`).
+                tried often enough (`download_failed`; `checksum_mismatch` when it was the
+                client library that compared).
         """
         final = refusal(error, self.url)
         if final is not None:
             raise final from None
         self.failures = 1 if progressed else self.failures + 1
         if self.failures >= self.policy.tries:
+            corrupt = "checksum" in type(error).__name__.lower()
             raise SlideError(
-                "download_failed",
+                "checksum_mismatch" if corrupt else "download_failed",
                 f"{redact(self.url)} could not be read in {self.failures} tries; the last one: "
-                f"{_in_a_line(error)}",
+                f"{_in_a_line(list(_causes(error))[-1])}",
             ) from None
         wait_s = self.policy.first_wait_s * 2 ** (self.failures - 1)
         time.sleep(min(self.policy.max_wait_s, wait_s) * random.uniform(1.0, 1.5))

@@ -40,7 +40,7 @@ CREDENTIALS = {
 }
 # user:password@, where a password may hold slashes; a lone user is a secret on the web only.
 _SIGNED_IN = re.compile(
-    r"://[^/@\s:]*:(?!\d+/)[^@\s]*@|(?<=http)://[^/@\s]+@|(?<=https)://[^/@\s]+@"
+    r"://[^/@\s:]*:(?!:|\d+/)[^@\s]*@|(?<=http)://[^/@\s]+@|(?<=https)://[^/@\s]+@"
 )
 _QUERY_VALUE = re.compile(r"([?&](?!versionId=)[^=&#\s]+)=[^&#\s'\")]*")
 
