@@ -67,7 +67,7 @@ def memory() -> Iterator[Callable[[str, int], str]]:
 
 @pytest.fixture
 def in_process(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """in_process(url, max_bytes): a process that stages a slide and holds it until its stdin ends."""
+    """in_process(url, max_bytes): a process that stages a slide and holds it till it is killed."""
     started = []
 
     def start(url: str, max_bytes: int = 10**8) -> subprocess.Popen:
@@ -297,9 +297,7 @@ def test_what_the_web_cannot_give(tmp_path, web):
         assert words in error.message
 
 
-def test_readers_with_a_small_cache_do_not_wait_for_themselves(
-    tmp_path, web, monkeypatch
-):
+def test_readers_with_a_small_cache_do_not_wait_for_themselves(tmp_path, web, monkeypatch):
     """Four slides are kept open where there is room; here there is room for one."""
     slides = [write_slide(tmp_path / f"{i}.svs", cell_picture(600, 600, i)) for i in range(3)]
     rows = [inspect_slide({"slide_id": s.stem, "path": str(s)}, Grid(tile_px=64))[0]

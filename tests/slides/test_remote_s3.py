@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
@@ -90,20 +91,20 @@ def test_a_replaced_object_is_staged_anew(s3, cache):
     url = "s3://slides/changing.bin"
     s3.fs.pipe_file("slides/changing.bin", b"old " * 1000)
     with cache.stage(url) as staged:
-        assert open(staged.path, "rb").read(4) == b"old "
+        assert Path(staged.path).read_bytes()[:4] == b"old "
     s3.fs.pipe_file("slides/changing.bin", b"new " * 1000)
     with cache.stage(url) as staged:  # this process has looked it up and goes on with that
-        assert open(staged.path, "rb").read(4) == b"old "
+        assert Path(staged.path).read_bytes()[:4] == b"old "
     assert remote_slide(url, fresh=True).files[0].etag == hashlib.md5(b"new " * 1000).hexdigest()
     with cache.stage(url) as staged:
-        assert open(staged.path, "rb").read(4) == b"new "
+        assert Path(staged.path).read_bytes()[:4] == b"new "
 
 
 def test_connections_that_break_off(s3, cache):
     """More often than s3fs itself tries, at a place that moves on."""
     s3.wire.cut_after = [30_000] * 7
     with cache.stage(s3.url) as staged:
-        assert open(staged.path, "rb").read() == s3.slide.read_bytes()
+        assert Path(staged.path).read_bytes() == s3.slide.read_bytes()
     assert s3.wire.cut_after == []
 
 
@@ -114,7 +115,7 @@ def test_a_flipped_bit_is_fetched_again_and_given_up_when_it_stays(s3, cache, si
     s3.fs.pipe_file(url, bytes(size_bytes))
     s3.wire.flips = 1
     with cache.stage(url) as staged:
-        assert open(staged.path, "rb").read() == bytes(size_bytes)
+        assert Path(staged.path).read_bytes() == bytes(size_bytes)
     assert s3.wire.flips == 0
     s3.fs.pipe_file(url, b"1" * size_bytes)
     remote_slide(url, fresh=True)
@@ -172,12 +173,11 @@ def test_the_folder_of_a_mrxs_comes_with_it(s3, cache):
     for name in (*names, "case2/Data0001.dat"):
         s3.fs.pipe_file(f"slides/m/{name}", name.encode() * 50)
     with cache.stage("s3://slides/m/case.mrxs") as staged:
-        root = os.path.dirname(staged.path)
-        found = [os.path.relpath(os.path.join(folder, name), root)
-                 for folder, _, files in os.walk(root) for name in files]  # fmt: skip
+        root = Path(staged.path).parent
+        found = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
         assert sorted(found) == sorted(names)
         for name in names:
-            assert open(os.path.join(root, name), "rb").read() == name.encode() * 50
+            assert (root / name).read_bytes() == name.encode() * 50
     s3.fs.pipe_file("slides/m/alone.mrxs", b"x")
     code, message = code_of(cache, "s3://slides/m/alone.mrxs")
     assert code == "missing_file"
