@@ -17,7 +17,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder
 from cytoray.slides import Grid, read_manifest
-from cytoray.slides.remote import check_urls
+from cytoray.slides.remote import check_urls, redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Config:
         address: a running Ray cluster, `auto` or HOST:PORT; default: start one here.
     """
 
-    manifest: str | Path
+    manifest: str
     out: Path
     tile_px: int = 224
     mpp: float = 0.5
@@ -95,7 +95,7 @@ def run(config: Config) -> dict[str, Any]:
         folder.path,
         (_qc_row(row) for batch in slides.to_batches(4096) for row in batch.to_pylist()),
         quarantine.to_pylist(),
-        subtitle=str(config.manifest),
+        subtitle=redact(str(config.manifest)),
     )
     usable = sum(status == "ok" for status in slides.column("status").to_pylist())
     summary = {
@@ -113,8 +113,8 @@ def run(config: Config) -> dict[str, Any]:
     summary_table("index", summary)
     if not usable:
         raise InputError(
-            f"no slide of {config.manifest} can be used; the reasons are in {summary['quarantine']}"
-            f" and on {page}"
+            f"no slide of {redact(str(config.manifest))} can be used; the reasons are in "
+            f"{summary['quarantine']} and on {page}"
         )
     exit_code: Literal[0, 3] = 3 if config.strict and summary["num_quarantined"] else 0
     return summary | {"exit_code": exit_code}
