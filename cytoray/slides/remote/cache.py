@@ -213,9 +213,10 @@ class SlideCache:
                 if over_bytes <= 0 and short_bytes <= 0:
                     folder.mkdir(mode=0o700)
                     return
-            if over_bytes <= 0:
+                in_vain = time.monotonic() > end or not any(self.entries())
+            if over_bytes <= 0 and in_vain:
                 raise self._disk_full(slide, short_bytes)
-            if self.held or time.monotonic() > end:
+            if self.held or in_vain:
                 raise self._busy(slide, over_bytes)
             time.sleep(random.uniform(0.2, 1.0))
 
@@ -228,12 +229,12 @@ class SlideCache:
         )
 
     def _busy(self, slide: RemoteSlide, over_bytes: int) -> SlideError:
-        left = _gb(max(0, slide.size_bytes - over_bytes))
+        left = _gb(min(slide.size_bytes, max(0, slide.size_bytes - over_bytes)))
         return SlideError(
             "cache_busy",
-            f"{redact(slide.url)} has {_gb(slide.size_bytes)}; all but {left} of the "
-            f"{_gb(self.max_bytes)} of the slide cache {self.folder} is taken by slides that are "
-            "open; raise CYTORAY_CACHE_GB or use fewer readers",
+            f"{redact(slide.url)} has {_gb(slide.size_bytes)}; only {left} of the "
+            f"{_gb(self.max_bytes)} of the slide cache {self.folder} can be had, the rest is taken "
+            "by slides that are open; raise CYTORAY_CACHE_GB or use fewer readers",
         )
 
     def _make_room(self, size_bytes: int) -> tuple[int, int]:
