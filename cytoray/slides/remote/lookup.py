@@ -119,7 +119,7 @@ def _look_up(url: str, fresh: bool) -> RemoteSlide:
     fs, path = open_filesystem(url)
     if fresh:
         fs.invalidate_cache()
-    name = _cache_name(url, path)
+    name = cache_name(url, path)
     suffix = name[name.rfind(".") :].lower()
     if suffix in SCATTERED_SUFFIXES:
         raise SlideError(
@@ -127,7 +127,7 @@ def _look_up(url: str, fresh: bool) -> RemoteSlide:
             f"{shown}: the pixels of a {suffix} lie in several files that cannot be told from its "
             "name; copy its folder to the nodes and give the local path",
         )
-    main = _described(url, path, name, fs.info(path))
+    main = described(url, path, name, fs.info(path))
     if main.size_bytes == 0:
         raise SlideError("empty_file", f"{shown} has zero bytes; copy it again")
     if suffix != ".mrxs":
@@ -150,13 +150,18 @@ def _companions(url: str, fs: Any, path: str, name: str) -> list[RemoteFile]:
         inner = found[found.index(folder) + len(folder) + 1 :] if folder in found else ""
         if not inner or ".." in inner.split("/"):
             continue
-        files.append(_described(url, found, f"{name[: -len('.mrxs')]}/{inner}", info))
+        files.append(described(url, found, f"{name[: -len('.mrxs')]}/{inner}", info))
     if not files:
         raise SlideError("missing_file", f"{shown}: the folder of the same name beside it is empty")
     return files
 
 
-def _described(url: str, path: str, name: str, info: Mapping[str, Any]) -> RemoteFile:
+def described(url: str, path: str, name: str, info: Mapping[str, Any]) -> RemoteFile:
+    """A `RemoteFile` from what `fs.info` or `fs.find` say of it; every store has names of its own.
+
+    Raises:
+        SlideError: `not_a_slide` for a folder, `unsupported_remote` when no size is stated.
+    """
     if info.get("type") == "directory":
         raise SlideError("not_a_slide", f"{redact(url)} is a folder, not a slide file")
     if info.get("size") is None:
@@ -214,7 +219,7 @@ def _stated_checksums(info: Mapping[str, Any]) -> dict[str, bytes]:
     return found | ({"md5": bytes(azure)} if azure else {})
 
 
-def _cache_name(url: str, path: str) -> str:
+def cache_name(url: str, path: str) -> str:
     """A file name for the cache that keeps the suffix and is safe on any file system."""
     if protocol_of(url) in ("http", "https") and "::" not in url:
         path = unquote(urlsplit(path).path)
