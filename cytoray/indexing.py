@@ -38,6 +38,7 @@ from cytoray.slides import (
     slide_foreground,
     tile_id,
 )
+from cytoray.slides.remote import stage
 from cytoray.slides.slide_table import STATUS_OK, describe_slide
 from cytoray.streaming.chunk_nuclei import chunk_core_px, detect_in_chunk, halo_px
 
@@ -134,7 +135,8 @@ class SlideIndexer:
 
     def _index(self, entry: dict[str, Any], attempt: Attempt) -> tuple[IndexedSlide, np.ndarray]:
         settings = self.settings
-        with attempt.step():
+        # A slide is fetched outside the watched step: downloads have time limits of their own.
+        with stage(entry["path"]), attempt.step():
             reader = open_slide(entry["path"], reader=settings.reader)
         with reader:
             info = reader.info

@@ -20,6 +20,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder
 from cytoray.slides import Grid, magnification_to_mpp, read_manifest
+from cytoray.slides.remote import check_urls, redact
 
 _MPP = 0.5
 
@@ -29,8 +30,8 @@ class Config:
     """Check every slide, find its cells and nuclei, and write the tables later jobs plan from.
 
     Attributes:
-        manifest: CSV or Parquet with slide_id, path and, if you have them, patient_id, site, mpp,
-            split and label columns.
+        manifest: CSV or Parquet, a path or a URL, with slide_id, path and, if you have them,
+            patient_id, site, mpp, split and label columns.
         out: folder of the index.
         tile_px: tile side in pixels at `mpp`.
         mpp: um/px of the tiles; default: 0.5.
@@ -47,7 +48,7 @@ class Config:
         address: a running Ray cluster, `auto` or HOST:PORT; default: start one here.
     """
 
-    manifest: Path
+    manifest: str
     out: Path
     tile_px: int = 224
     mpp: float | None = None
@@ -109,6 +110,7 @@ def run(config: Config) -> dict[str, Any]:
         ),
     )
     manifest = read_manifest(config.manifest)
+    check_urls(row["path"] for row in manifest.iter_rows())
     connect(config.address)
     folder = RunFolder.open(config.out, "index", to_plain(config), config.resume)
     with Progress(f"index of {len(manifest):,} slides") as progress:
@@ -121,7 +123,7 @@ def run(config: Config) -> dict[str, Any]:
         folder.path,
         (_qc_row(row) for batch in slides.to_batches(4096) for row in batch.to_pylist()),
         [_qc_problem(row) for row in quarantine.to_pylist()],
-        subtitle=str(config.manifest),
+        subtitle=redact(config.manifest),
     )
     usable = sum(status == "ok" for status in slides.column("status").to_pylist())
     summary = {
@@ -139,8 +141,8 @@ def run(config: Config) -> dict[str, Any]:
     summary_table("index", summary)
     if not usable:
         raise InputError(
-            f"no slide of {config.manifest} can be used; the reasons are in {summary['quarantine']}"
-            f" and on {page}"
+            f"no slide of {redact(str(config.manifest))} can be used; the reasons are in "
+            f"{summary['quarantine']} and on {page}"
         )
     exit_code: Literal[0, 3] = 3 if config.strict and summary["num_quarantined"] else 0
     return summary | {"exit_code": exit_code}

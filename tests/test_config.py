@@ -48,7 +48,7 @@ def through_yaml(config: Any) -> Any:
 @pytest.mark.parametrize(
     "config",
     [
-        index.Config(manifest=Path("m.csv"), out=Path("o"), magnification=20),
+        index.Config(manifest="m.csv", out=Path("o"), magnification=20),
         pretrain.Config(
             index=Path("i"),
             out=Path("o"),

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from cytoray.errors import SlideError
 from cytoray.io import write_parquet_atomic
+from cytoray.slides.remote import redact
 
 # Arrow makes its compute functions at import, where a type checker cannot see them.
 pc: Any = pyarrow.compute
@@ -36,14 +37,14 @@ KEY = ("slide_id", "stage", "region", "reason_code")
 def quarantine_row(
     slide_id: str, path: str, stage: str, reason_code: str, message: str, region: str = ""
 ) -> dict[str, Any]:
-    """One row of the ledger, stamped with the present time."""
+    """One row of the ledger, stamped with the present time; secrets in URLs are starred out."""
     return {
         "slide_id": slide_id,
-        "path": path,
+        "path": redact(path),
         "stage": stage,
         "region": region,
         "reason_code": reason_code,
-        "message": message,
+        "message": redact(message),
         "time_utc": datetime.now(UTC),
     }
 

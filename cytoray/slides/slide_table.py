@@ -16,6 +16,7 @@ from cytoray.slides.grid import Grid, SlideGrid
 from cytoray.slides.mpp import ResolvedMpp, resolve_mpp
 from cytoray.slides.quarantine import row_from_error
 from cytoray.slides.reader import SlideInfo, open_slide
+from cytoray.slides.remote import is_remote, local_path, remote_fingerprint
 
 STATUS_OK = "ok"
 
@@ -71,9 +72,14 @@ def slide_schema(manifest_schema: pa.Schema, label_columns: Iterable[str]) -> pa
 
 
 def fingerprint(path: str) -> tuple[int | None, int | None]:
-    """(size in bytes, modification time in ns) of a file; (None, None) when there is none."""
+    """(size in bytes, modification time in ns) of a file; (None, None) when there is none.
+
+    For a URL as the store states them: one look-up, remembered by the process.
+    """
+    if is_remote(path):
+        return remote_fingerprint(path)
     try:
-        status = os.stat(path)
+        status = os.stat(local_path(path))
     except OSError:
         return None, None
     return status.st_size, status.st_mtime_ns

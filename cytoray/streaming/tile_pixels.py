@@ -77,11 +77,23 @@ class OpenSlides:
         if slide in self._open:
             self._open.move_to_end(slide)
         else:
-            row = self.row(slide)
-            self._open[slide] = open_slide(row["path"], reader=row["reader"], verify=False)
-            while len(self._open) > _OPEN_SLIDES:
-                self._open.popitem(last=False)[1].close()
+            self._close(keep=_OPEN_SLIDES - 1)
+            try:
+                self._open[slide] = self._opened(slide)
+            except SlideError as error:
+                if error.code != "cache_busy":
+                    raise
+                self._close(keep=0)  # else processes that want room wait for each other
+                self._open[slide] = self._opened(slide)
         return self._open[slide]
+
+    def _opened(self, slide: int) -> SlideReader:
+        row = self.row(slide)
+        return open_slide(row["path"], reader=row["reader"], verify=False)
+
+    def _close(self, keep: int) -> None:
+        while len(self._open) > keep:
+            self._open.popitem(last=False)[1].close()
 
 
 class ChunkTiles:
