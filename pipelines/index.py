@@ -121,9 +121,10 @@ def run(config: Config) -> dict[str, Any]:
     shutil.rmtree(folder.path / PARTIAL, ignore_errors=True)
     page = write_qc(
         folder.path,
-        (_qc_row(row) for batch in slides.to_batches(4096) for row in batch.to_pylist()),
-        [_qc_problem(row) for row in quarantine.to_pylist()],
+        (row for batch in slides.to_batches(4096) for row in batch.to_pylist()),
+        quarantine.to_pylist(),
         subtitle=redact(config.manifest),
+        labels=manifest.label_columns,
     )
     usable = sum(status == "ok" for status in slides.column("status").to_pylist())
     summary = {
@@ -146,17 +147,6 @@ def run(config: Config) -> dict[str, Any]:
         )
     exit_code: Literal[0, 3] = 3 if config.strict and summary["num_quarantined"] else 0
     return summary | {"exit_code": exit_code}
-
-
-def _qc_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the slide table as the QC page takes it: no local paths, two kinds of status."""
-    status = "ok" if row["status"] == "ok" else "quarantined"
-    return {k: v for k, v in row.items() if k not in ("path", "keep_masks")} | {"status": status}
-
-
-def _qc_problem(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the quarantine as the QC page takes it: its message without the slide's path."""
-    return row | {"message": row["message"].replace(row["path"], "the slide's file")}
 
 
 if __name__ == "__main__":
