@@ -1,6 +1,7 @@
 """Slides: manifest, readers, scale, tiling, foreground, quarantine. Numpy in, numpy out."""
 
 from cytoray.slides.chunks import ChunkPixels, best_level, read_chunk, read_region_px
+from cytoray.slides.focus import OUT_OF_FOCUS, chunk_focus, score_of_blur, tile_focus
 from cytoray.slides.foreground import (
     DEFAULT_KEEP_SHARE,
     Foreground,
@@ -47,6 +48,7 @@ from cytoray.slides.slide_table import (
 __all__ = [
     "CHUNK_TILES",
     "DEFAULT_KEEP_SHARE",
+    "OUT_OF_FOCUS",
     "QUARANTINE_SCHEMA",
     "READERS",
     "SLIDE_SCHEMA",
@@ -63,6 +65,7 @@ __all__ = [
     "background_rgb",
     "best_level",
     "bool_to_mask",
+    "chunk_focus",
     "chunk_id",
     "fingerprint",
     "foreground_mask",
@@ -82,8 +85,10 @@ __all__ = [
     "read_slide_table",
     "resolve_mpp",
     "row_from_error",
+    "score_of_blur",
     "slide_foreground",
     "slide_schema",
+    "tile_focus",
     "tile_id",
     "tile_shares",
     "write_quarantine",
