@@ -44,6 +44,7 @@ from cytoray.slides.slide_table import (
     slide_schema,
     write_slide_table,
 )
+from cytoray.slides.z_stack import StackReader, open_row, open_stack
 
 __all__ = [
     "CHUNK_TILES",
@@ -62,6 +63,7 @@ __all__ = [
     "SlideGrid",
     "SlideInfo",
     "SlideReader",
+    "StackReader",
     "background_rgb",
     "best_level",
     "bool_to_mask",
@@ -74,7 +76,9 @@ __all__ = [
     "mask_indices",
     "mask_to_bool",
     "merge_quarantine",
+    "open_row",
     "open_slide",
+    "open_stack",
     "parse_tile_id",
     "quarantine_row",
     "read_chunk",

@@ -34,7 +34,7 @@ def worn(picture: np.ndarray, noise: float, quality: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     noisy = np.clip(picture + rng.normal(0, noise, picture.shape), 0, 255).astype(np.uint8)
     _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.37, 0.5, 0.75])
