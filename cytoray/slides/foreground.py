@@ -152,7 +152,7 @@ def foreground_mask(rgb: np.ndarray, mpp: float) -> np.ndarray:
     background = background_rgb(rgb)
     smooth = cv2.GaussianBlur(rgb, (0, 0), max(0.3, 3.0 / mpp))
     density = optical_density(smooth, background)
-    mask = density > _density_threshold(density)
+    mask = density > _density_threshold(smooth, background)
     mask &= ~large_artefacts(rgb, density, mpp)
     mask &= ~thin_lines(mask, mpp)
     # A speck narrower than a small nucleus is dust or noise.
@@ -161,20 +161,27 @@ def foreground_mask(rgb: np.ndarray, mpp: float) -> np.ndarray:
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, kernel).astype(bool)
 
 
-def _density_threshold(density: np.ndarray) -> float:
+def _density_threshold(smooth: np.ndarray, background: np.ndarray) -> float:
     """Optical density that the empty field's noise does not reach.
 
-    The noise is measured on the faint side (the lower half of the pixels under the least
-    threshold's double), where there are no cells.
+    Args:
+        smooth: uint8 (h, w, 3), blurred as the picture the threshold is for.
+        background: (3,) colour of the empty field.
+
+    The commonest density among the faint ones is the field's. Its noise is measured on the brighter
+    side, where there are no cells: pale cytoplasm would pass for noise on the other.
     """
-    step = _sampling(density)
-    density = density[::step, ::step]
-    field = density[density < 2 * MIN_OPTICAL_DENSITY]
-    if field.size == 0:
+    step = _sampling(smooth)
+    grey = smooth[::step, ::step].mean(axis=2, dtype=np.float32)
+    signed = np.log10((background.mean() + 1) / (grey + 1)) * 3**0.5
+    faint = signed[np.abs(signed) < 2 * MIN_OPTICAL_DENSITY]
+    if faint.size == 0:
         return MIN_OPTICAL_DENSITY
-    middle = float(np.median(field))
-    spread = 1.4826 * float(np.median(np.abs(field - middle)))
-    return float(np.clip(middle + NOISE_SIGMAS * spread, MIN_OPTICAL_DENSITY, 0.12))
+    counts, edges = np.histogram(faint, bins=72, range=(-0.09, 0.09))
+    field = float(edges[int(np.argmax(np.convolve(counts, np.ones(5), mode="same")))]) + 0.00125
+    brighter = field - faint[(faint < field) & (faint > field - 0.03)]
+    spread = 1.4826 * float(np.median(brighter)) if brighter.size else 0.0
+    return float(np.clip(field + NOISE_SIGMAS * spread, MIN_OPTICAL_DENSITY, 0.12))
 
 
 def tile_shares(mask: np.ndarray, mask_mpp_x: float, mask_mpp_y: float, layout: SlideGrid):
