@@ -112,7 +112,8 @@ def surroundings(density: np.ndarray, mpp: float) -> np.ndarray:
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         reaching[np.unique(edge)] = True
     reaching[0] = False
-    return _grown(reaching[labels], RIM_UM / mpp)
+    # Its corners are narrower than itself.
+    return _grown(_touching(even, reaching[labels]), RIM_UM / mpp)
 
 
 def _spread(density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,9 +124,9 @@ def _spread(density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _wide(mask: np.ndarray, width_px: float) -> np.ndarray:
-    """The parts of a mask in which a disc of this diameter fits; the picture's edge is no limit."""
+    """The parts of a mask in which a disc of this diameter fits, or half of one at the edge."""
     reach = int(np.ceil(width_px / 2))
-    padded = np.pad(mask.astype(np.uint8), reach, mode="edge")
+    padded = np.pad(mask.astype(np.uint8), reach, mode="symmetric")
     core = (cv2.distanceTransform(padded, cv2.DIST_L2, 5) >= width_px / 2).astype(np.uint8)
     if not core.any():
         return np.zeros(mask.shape, bool)

@@ -154,7 +154,7 @@ def foreground_mask(rgb: np.ndarray, mpp: float) -> np.ndarray:
     density = optical_density(smooth, background)
     mask = density > _density_threshold(smooth, background)
     mask &= ~large_artefacts(rgb, density, mpp)
-    mask &= ~thin_lines(mask, mpp)
+    mask &= ~thin_lines(mask, density, mpp)
     # A speck narrower than a small nucleus is dust or noise.
     side = max(1, round(MIN_OBJECT_UM / mpp))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))

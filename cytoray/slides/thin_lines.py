@@ -21,7 +21,11 @@ MIN_CLOSED = 0.75
 # Foreground beside a line, as a share; beside a row of cells in a group there is more.
 MAX_FLANK_SHARE = 0.4
 MIN_COVER = 0.85
-FIBRE_WIDTH_UM = 28.0
+# Ink and glass edges are even along their length; cells in a row have nuclei and necks. Shares of
+# the median density: between its quartiles, and from it to the darkest twelfth.
+MAX_SPREAD = 0.3
+MAX_RISE = 1.0
+FIBRE_WIDTH_UM = 34.0
 MIN_FIBRE_UM = 500.0
 
 MAX_PARTS = 150
@@ -45,11 +49,20 @@ class Arc:
     half_width: float
 
 
-def thin_lines(mask: np.ndarray, mpp: float) -> np.ndarray:
+@dataclass(frozen=True)
+class _Picture:
+    """A mask, uint8 0 or 1, and the density at the same scale."""
+
+    mask: np.ndarray
+    density: np.ndarray
+
+
+def thin_lines(mask: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
     """Bands of foreground that are arcs or fibres.
 
     Args:
         mask: bool (h, w), foreground.
+        density: float32 (h, w), see `optical_density`.
         mpp: um per pixel.
 
     Returns:
@@ -63,13 +76,15 @@ def thin_lines(mask: np.ndarray, mpp: float) -> np.ndarray:
             continue
         step_um = mpp * factor
         small = _reduced(rest, factor)
-        drawn = _arcs_drawn(small, widest_um / step_um, shortest_um / step_um, step_um)
+        shape = (small.shape[1], small.shape[0])
+        picture = _Picture(small, cv2.resize(density, shape, interpolation=cv2.INTER_AREA))
+        drawn = _arcs_drawn(picture, widest_um / step_um, shortest_um / step_um, step_um)
         if drawn.any():
             size = (small.shape[1] * factor, small.shape[0] * factor)
             whole = cv2.resize(drawn, size, interpolation=cv2.INTER_NEAREST)
             found |= whole[: found.shape[0], : found.shape[1]]
             rest &= 1 - found
-    return (found | _fibres(rest, mpp)).astype(bool)
+    return (found | _fibres(rest, density, mpp)).astype(bool)
 
 
 def _reduced(mask: np.ndarray, factor: int) -> np.ndarray:
@@ -87,8 +102,9 @@ def _reduced(mask: np.ndarray, factor: int) -> np.ndarray:
     return (mean >= 100).astype(np.uint8)
 
 
-def _arcs_drawn(small: np.ndarray, widest: float, shortest: float, step_um: float) -> np.ndarray:
-    """All arcs of a mask, drawn; uint8 0 or 1. Lengths in pixels."""
+def _arcs_drawn(picture: _Picture, widest: float, shortest: float, step_um: float) -> np.ndarray:
+    """All arcs of a picture, drawn; uint8 0 or 1. Lengths in pixels."""
+    small = picture.mask
     side = int(widest) | 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     thin = small & ~cv2.morphologyEx(small, cv2.MORPH_OPEN, kernel)
@@ -96,7 +112,7 @@ def _arcs_drawn(small: np.ndarray, widest: float, shortest: float, step_um: floa
     drawn = np.zeros_like(small)
     least_extent = min(shortest * 0.6, 2 * MIN_BUBBLE_RADIUS_UM / step_um)
     for points, depths in _parts(thin, depth, least_extent):
-        for arc in _arcs(points, depths, small, shortest, MIN_BUBBLE_RADIUS_UM / step_um):
+        for arc in _arcs(points, depths, picture, shortest, MIN_BUBBLE_RADIUS_UM / step_um):
             _draw(drawn, arc)
     return drawn
 
@@ -120,7 +136,7 @@ def _parts(
 
 
 def _arcs(
-    points: np.ndarray, depths: np.ndarray, mask: np.ndarray, shortest: float, bubble: float
+    points: np.ndarray, depths: np.ndarray, picture: _Picture, shortest: float, bubble: float
 ) -> Iterator[Arc]:
     """The arcs on the middle line of one part, the best supported first."""
     rng = np.random.default_rng(0)
@@ -133,7 +149,7 @@ def _arcs(
         near = _on(points, circle, ON_ARC_PX)
         least = shortest
         for arc in _covered_arcs(points[near], depths[near], circle):
-            if not _is_line(arc, mask, least, bubble):
+            if not _is_line(arc, picture, least, bubble):
                 break
             yield arc
             least = shortest * MIN_PIECE  # the rest of a line that is interrupted
@@ -221,8 +237,8 @@ def _covered_arcs(points: np.ndarray, depths: np.ndarray, circle: np.ndarray) ->
     return sorted(arcs, key=lambda arc: arc.start - arc.end)
 
 
-def _is_line(arc: Arc, mask: np.ndarray, shortest: float, bubble: float) -> bool:
-    """Whether an arc is long or closed, covered, and has little beside it."""
+def _is_line(arc: Arc, picture: _Picture, shortest: float, bubble: float) -> bool:
+    """Whether an arc is long or closed, covered, even, and has little beside it."""
     length = arc.radius * (arc.end - arc.start)
     closed = (
         arc.end - arc.start >= 2 * np.pi * MIN_CLOSED
@@ -231,24 +247,36 @@ def _is_line(arc: Arc, mask: np.ndarray, shortest: float, bubble: float) -> bool
     )
     if not closed and length < shortest:
         return False
-    if _share_along(mask, arc, 0.0) < MIN_COVER:
+    if _along(picture.mask, arc, 0.0).mean() < MIN_COVER:
+        return False
+    # The darkest of three parallels: the middle of a line lies between the pixels.
+    lines = [_along(picture.density, arc, offset) for offset in (-1.0, 0.0, 1.0)]
+    if not _is_even(np.max(lines, axis=0)):
         return False
     beside = [
-        _share_along(mask, arc, side * (arc.half_width + away))
+        _along(picture.mask, arc, side * (arc.half_width + away)).mean()
         for side in (-1, 1)
         for away in (2.5, 4.5)
     ]
-    return max(beside[:2]) <= MAX_FLANK_SHARE and max(beside[2:]) <= MAX_FLANK_SHARE
+    return max(beside) <= MAX_FLANK_SHARE
 
 
-def _share_along(mask: np.ndarray, arc: Arc, offset: float) -> float:
-    """Share of the pixels set along a parallel of the arc, as far as it is on the picture."""
+def _is_even(values: np.ndarray) -> bool:
+    """Whether densities along a line are those of ink or glass, not of nuclei and cytoplasm."""
+    low, middle, high, highest = np.percentile(values, [25, 50, 75, 92])
+    return high - low <= MAX_SPREAD * middle and highest - middle <= MAX_RISE * middle
+
+
+def _along(picture: np.ndarray, arc: Arc, offset: float) -> np.ndarray:
+    """Pixels along a parallel of the arc, 0 off the picture; float64 (n,)."""
     count = max(16, min(4000, int(arc.radius * (arc.end - arc.start))))
     angles = np.linspace(arc.start, arc.end, count)
     xs = np.rint(arc.x + (arc.radius + offset) * np.cos(angles)).astype(np.int64)
     ys = np.rint(arc.y + (arc.radius + offset) * np.sin(angles)).astype(np.int64)
-    inside = (xs >= 0) & (ys >= 0) & (xs < mask.shape[1]) & (ys < mask.shape[0])
-    return float(mask[ys[inside], xs[inside]].mean()) if inside.any() else 0.0
+    inside = (xs >= 0) & (ys >= 0) & (xs < picture.shape[1]) & (ys < picture.shape[0])
+    found = np.zeros(count)
+    found[inside] = picture[ys[inside], xs[inside]]
+    return found
 
 
 def _draw(picture: np.ndarray, arc: Arc) -> None:
@@ -261,7 +289,7 @@ def _draw(picture: np.ndarray, arc: Arc) -> None:
     cv2.polylines(picture, [np.rint(line).astype(np.int32)], False, 1, thickness)
 
 
-def _fibres(mask: np.ndarray, mpp: float) -> np.ndarray:
+def _fibres(mask: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
     """Isolated thin threads of an even width, however they wind; bool mask to uint8 0 or 1."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     extent = np.maximum(stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]) * mpp
@@ -273,23 +301,24 @@ def _fibres(mask: np.ndarray, mpp: float) -> np.ndarray:
             continue
         window = (slice(top, top + height), slice(left, left + width))
         part = np.pad((labels[window] == label).astype(np.uint8), 1)
-        if _is_fibre(part, area, mpp):
+        if _is_fibre(part, np.pad(density[window], 1), mpp):
             drawn[window] |= part[1:-1, 1:-1]
     return drawn
 
 
-def _is_fibre(part: np.ndarray, area: int, mpp: float) -> bool:
+def _is_fibre(part: np.ndarray, density: np.ndarray, mpp: float) -> bool:
     """Whether a connected part, uint8 0 or 1 with a margin, is one long thread.
 
-    A thread has hardly a hole, and nearly everywhere the same width; cells in a row have necks.
+    A thread has hardly a hole, and nearly everywhere the same width and density.
     """
     outlines, _ = cv2.findContours(part, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     length = sum(cv2.arcLength(outline, True) for outline in outlines) / 2
-    if length * mpp < MIN_FIBRE_UM or area / length * mpp > FIBRE_WIDTH_UM:
+    if length * mpp < MIN_FIBRE_UM or part.sum() / length * mpp > FIBRE_WIDTH_UM:
         return False
     if len(outlines) - 1 > length * mpp / 1000:
         return False
     depth = cv2.distanceTransform(part, cv2.DIST_L2, 5)
-    ridge = depth[(depth >= cv2.dilate(depth, np.ones((3, 3), np.uint8)) - 1e-3) & (part > 0)]
-    usual = float(np.median(ridge))
-    return float(((ridge < 0.6 * usual) | (ridge > 1.6 * usual)).mean()) <= 0.1
+    middle = (depth >= cv2.dilate(depth, np.ones((3, 3), np.uint8)) - 1e-3) & (part > 0)
+    usual = float(np.median(depth[middle]))
+    odd = (depth[middle] < 0.6 * usual) | (depth[middle] > 1.6 * usual)
+    return float(odd.mean()) <= 0.1 and _is_even(density[depth >= 0.7 * usual])
