@@ -107,7 +107,8 @@ def surroundings(density: np.ndarray, mpp: float) -> np.ndarray:
     wide = _wide(even, SURROUNDINGS_WIDTH_UM / mpp)
     if not wide.any():
         return wide
-    count, labels = cv2.connectedComponents(wide.astype(np.uint8), connectivity=8)
+    count, found = cv2.connectedComponents(wide.astype(np.uint8), connectivity=8)
+    labels = np.asarray(found, np.int64)
     reaching = np.zeros(count, bool)
     for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
         reaching[np.unique(edge)] = True
@@ -136,7 +137,8 @@ def _wide(mask: np.ndarray, width_px: float) -> np.ndarray:
 
 def _touching(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """The connected parts of a mask that hold a seed."""
-    count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    count, found = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    labels = np.asarray(found, np.int64)
     chosen = np.zeros(count, bool)
     chosen[np.unique(labels[seeds])] = True
     chosen[0] = False

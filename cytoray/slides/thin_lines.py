@@ -82,8 +82,9 @@ def thin_lines(mask: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
         if drawn.any():
             size = (small.shape[1] * factor, small.shape[0] * factor)
             whole = cv2.resize(drawn, size, interpolation=cv2.INTER_NEAREST)
-            found |= whole[: found.shape[0], : found.shape[1]]
-            rest &= 1 - found
+            height, width = mask.shape
+            found = np.bitwise_or(found, np.asarray(whole)[:height, :width])
+            rest = np.bitwise_and(rest, 1 - found)
     return (found | _fibres(rest, density, mpp)).astype(bool)
 
 
@@ -107,7 +108,7 @@ def _arcs_drawn(picture: _Picture, widest: float, shortest: float, step_um: floa
     small = picture.mask
     side = int(widest) | 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-    thin = small & ~cv2.morphologyEx(small, cv2.MORPH_OPEN, kernel)
+    thin = cv2.subtract(small, cv2.morphologyEx(small, cv2.MORPH_OPEN, kernel))
     depth = cv2.distanceTransform(thin, cv2.DIST_L2, 3)
     drawn = np.zeros_like(small)
     least_extent = min(shortest * 0.6, 2 * MIN_BUBBLE_RADIUS_UM / step_um)

@@ -26,7 +26,7 @@ def test_a_circle_is_found_whole(radius, width):
 )
 def test_a_straight_line_is_found(ends):
     mask = np.zeros((800, 800), np.uint8)
-    cv2.line(mask, *ends, 1, 5)
+    cv2.line(mask, ends[0], ends[1], 1, 5)
     assert lines_of(mask)[mask > 0].mean() > 0.97
     assert lines_of(mask).sum() < 3.2 * mask.sum()
 
