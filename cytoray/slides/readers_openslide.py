@@ -52,6 +52,10 @@ class OpenSlideReader(SlideReader):
     def _set_cache(self) -> None:
         self._slide.set_cache(openslide.OpenSlideCache(self._cache_bytes))
 
+    def limit_cache(self, cache_bytes: int) -> None:
+        self._cache_bytes = min(self._cache_bytes, cache_bytes)
+        self._set_cache()
+
     def close(self) -> None:
         self._slide.close()
 

@@ -77,6 +77,9 @@ class TiffReader(SlideReader):
         self._file.close()
         self.clear_cache()
 
+    def limit_cache(self, cache_bytes: int) -> None:
+        self._cache_bytes = cache_bytes
+
     def clear_cache(self) -> None:
         """Forget all decoded tiles."""
         self._cache.clear()
