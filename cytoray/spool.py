@@ -1,0 +1,137 @@
+"""Tables larger than memory should be: written to a temporary Arrow file, looked at through a map.
+
+Mapped pages belong to the page cache: the kernel takes them back when memory is short, so they are
+no private memory of the process. The file has no name once it is mapped, so nothing is left behind
+however the process ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+# Rows of a batch: a few MB of a manifest, so that a table of a million rows is 62 batches.
+BATCH_ROWS = 16_384
+
+
+class TableSpool:
+    """Record batches in, a `pyarrow.Table` backed by a nameless temporary file out.
+
+    Args:
+        schema: of every batch.
+        folder: where the file lies while it is written; None: the system's temporary folder
+            (`TMPDIR`).
+    """
+
+    def __init__(self, schema: pa.Schema, folder: str | os.PathLike[str] | None = None) -> None:
+        self.schema = schema
+        descriptor, self._path = tempfile.mkstemp(".arrow", ".cytoray-", folder)
+        os.close(descriptor)
+        self._sink: Any = pa.OSFile(self._path, "wb")
+        self._writer: Any = pa.ipc.new_file(self._sink, schema)
+
+    def __enter__(self) -> TableSpool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writer is not None:
+            self._close()
+            os.unlink(self._path)
+
+    def write(self, batch: pa.RecordBatch | pa.Table) -> None:
+        """Append rows."""
+        self._writer.write(batch)
+
+    def table(self) -> pa.Table:
+        """All rows written; ends the writing."""
+        self._close()
+        try:
+            source = pa.memory_map(self._path)
+        finally:
+            os.unlink(self._path)
+        return pa.ipc.open_file(source).read_all()
+
+    def _close(self) -> None:
+        self._writer.close()
+        self._sink.close()
+        self._writer = None
+
+
+def spool_table(
+    batches: Iterable[pa.RecordBatch | pa.Table],
+    schema: pa.Schema,
+    folder: str | os.PathLike[str] | None = None,
+) -> pa.Table:
+    """All batches as one file-backed table."""
+    with TableSpool(schema, folder) as spool:
+        for batch in batches:
+            spool.write(batch)
+        return spool.table()
+
+
+class ArraySpool:
+    """Pieces of a numpy array in, one read-only array backed by a nameless temporary file out."""
+
+    def __init__(self, dtype: Any, folder: str | os.PathLike[str] | None = None) -> None:
+        self._dtype = np.dtype(dtype)
+        self._file = tempfile.TemporaryFile(prefix=".cytoray-", dir=folder)  # noqa: SIM115
+
+    def write(self, values: np.ndarray) -> None:
+        """Append values, converted to the array's type."""
+        self._file.write(np.ascontiguousarray(values, self._dtype).data)
+
+    def array(self) -> np.ndarray:
+        """All values written, (N,); ends the writing."""
+        self._file.flush()
+        with self._file:
+            if not self._file.tell():
+                return np.zeros(0, self._dtype)
+            mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        # A plain array: unlike np.memmap it goes into an object store without a copy on the heap.
+        return np.frombuffer(mapped, self._dtype)
+
+
+def take_rows(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Rows of a chunked table by number, in the order asked for.
+
+    `Table.take` joins all chunks of a column first, in memory; here only the rows taken are held.
+
+    Args:
+        table: any table.
+        rows: int64 (N,).
+    """
+    batches = table.to_batches()
+    starts = np.concatenate([[0], np.cumsum([batch.num_rows for batch in batches])])
+    owner = np.searchsorted(starts, rows, side="right") - 1
+    order = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[order], np.arange(len(batches) + 1))
+    pieces = [
+        batch.take(pa.array(rows[order[low:high]] - starts[i]))
+        for i, (batch, low, high) in enumerate(zip(batches, bounds[:-1], bounds[1:], strict=True))
+        if high > low
+    ]
+    if not pieces:
+        return table.schema.empty_table()
+    back = np.empty(len(rows), np.int64)
+    back[order] = np.arange(len(rows))
+    return pa.Table.from_batches(pieces).combine_chunks().take(pa.array(back))
+
+
+def iter_taken(
+    table: pa.Table, rows: np.ndarray, batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.Table]:
+    """`take_rows`, `batch_rows` at a time."""
+    for low in range(0, len(rows), batch_rows):
+        yield take_rows(table, rows[low : low + batch_rows])
