@@ -7,18 +7,25 @@ however the process ends.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cytoray.io import atomic_path
 
 # Rows of a batch: a few MB of a manifest, so that a table of a million rows is 62 batches.
 BATCH_ROWS = 16_384
+# The same for rows as Python values, and of the slide table with its masks. It is also the row
+# group of the Parquet files, whose bytes so depend on the rows alone.
+SPOOL_ROWS = 4096
 
 
 class TableSpool:
@@ -46,8 +53,12 @@ class TableSpool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up what was written, unless `table` was called."""
         if self._writer is not None:
-            self._close()
+            self._end()
             os.unlink(self._path)
 
     def write(self, batch: pa.RecordBatch | pa.Table) -> None:
@@ -56,14 +67,14 @@ class TableSpool:
 
     def table(self) -> pa.Table:
         """All rows written; ends the writing."""
-        self._close()
+        self._end()
         try:
             source = pa.memory_map(self._path)
         finally:
             os.unlink(self._path)
         return pa.ipc.open_file(source).read_all()
 
-    def _close(self) -> None:
+    def _end(self) -> None:
         self._writer.close()
         self._sink.close()
         self._writer = None
@@ -79,6 +90,30 @@ def spool_table(
         for batch in batches:
             spool.write(batch)
         return spool.table()
+
+
+def spool_rows(
+    rows: Iterable[Mapping[str, Any]],
+    schema: pa.Schema,
+    folder: str | os.PathLike[str] | None = None,
+) -> pa.Table:
+    """Plain dicts as one file-backed table; keys not in `schema` are left out, absent ones null."""
+    with TableSpool(schema, folder) as spool:
+        left = iter(rows)
+        while part := list(itertools.islice(left, SPOOL_ROWS)):
+            plain = [{name: row.get(name) for name in schema.names} for row in part]
+            spool.write(pa.RecordBatch.from_pylist(plain, schema))
+        return spool.table()
+
+
+def write_parquet_batches(table: pa.Table, path: str | os.PathLike[str]) -> None:
+    """Write a table batch by batch, whole or not at all; the bytes depend on the rows alone."""
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer,
+    ):
+        for low in range(0, table.num_rows, SPOOL_ROWS):
+            writer.write_table(table.slice(low, SPOOL_ROWS).combine_chunks())
 
 
 class ArraySpool:

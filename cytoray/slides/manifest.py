@@ -171,7 +171,7 @@ def _read_rows(source: ManifestSource, spool_dir: str | os.PathLike[str] | None)
         rows = spool.table() if spool else pa.schema([*_GIVEN_COLUMNS.items()]).empty_table()
     finally:
         if spool:
-            spool.__exit__(None, None, None)
+            spool.close()
     if not source.is_parquet:
         types = {name: found.type_of(name) for name in others}
     return _Given(rows, types, checks.problems())
