@@ -7,7 +7,6 @@ however the process ends.
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 import tempfile
@@ -92,17 +91,50 @@ def spool_table(
         return spool.table()
 
 
+class RowSpool:
+    """Plain dicts in, one after another, a file-backed table out.
+
+    Args:
+        schema: of the table; keys not in it are left out, absent ones are null.
+        folder: see `TableSpool`.
+    """
+
+    def __init__(self, schema: pa.Schema, folder: str | os.PathLike[str] | None = None) -> None:
+        self._spool = TableSpool(schema, folder)
+        self._rows: list[dict[str, Any]] = []
+
+    def __enter__(self) -> RowSpool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        self._rows.append({name: row.get(name) for name in self._spool.schema.names})
+        if len(self._rows) == SPOOL_ROWS:
+            self._flush()
+
+    def table(self) -> pa.Table:
+        """All rows; ends the writing."""
+        self._flush()
+        return self._spool.table()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._spool.write(pa.RecordBatch.from_pylist(self._rows, self._spool.schema))
+            self._rows = []
+
+
 def spool_rows(
     rows: Iterable[Mapping[str, Any]],
     schema: pa.Schema,
     folder: str | os.PathLike[str] | None = None,
 ) -> pa.Table:
-    """Plain dicts as one file-backed table; keys not in `schema` are left out, absent ones null."""
-    with TableSpool(schema, folder) as spool:
-        left = iter(rows)
-        while part := list(itertools.islice(left, SPOOL_ROWS)):
-            plain = [{name: row.get(name) for name in schema.names} for row in part]
-            spool.write(pa.RecordBatch.from_pylist(plain, schema))
+    """Plain dicts as one file-backed table, see `RowSpool`."""
+    with RowSpool(schema, folder) as spool:
+        for row in rows:
+            spool.add(row)
         return spool.table()
 
 
