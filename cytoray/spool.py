@@ -34,10 +34,20 @@ class TableSpool:
         schema: of every batch.
         folder: where the file lies while it is written; None: the system's temporary folder
             (`TMPDIR`).
+        together: rows that are held to be written as one batch; a row of a table is looked up the
+            faster the fewer batches there are. 0: batches are written as they come.
     """
 
-    def __init__(self, schema: pa.Schema, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        together: int = 0,
+    ) -> None:
         self.schema = schema
+        self._together = together
+        self._pending: list[Any] = []
         descriptor, self._path = tempfile.mkstemp(".arrow", ".cytoray-", folder)
         os.close(descriptor)
         self._sink: Any = pa.OSFile(self._path, "wb")
@@ -62,16 +72,27 @@ class TableSpool:
 
     def write(self, batch: pa.RecordBatch | pa.Table) -> None:
         """Append rows."""
-        self._writer.write(batch)
+        if not self._together:
+            self._writer.write(batch)
+            return
+        self._pending.append(batch)
+        if sum(part.num_rows for part in self._pending) >= self._together:
+            self._flush()
 
     def table(self) -> pa.Table:
         """All rows written; ends the writing."""
+        self._flush()
         self._end()
         try:
             source = pa.memory_map(self._path)
         finally:
             os.unlink(self._path)
         return pa.ipc.open_file(source).read_all()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write(pa.Table.from_batches(self._pending, self.schema).combine_chunks())
+            self._pending = []
 
     def _end(self) -> None:
         self._writer.close()

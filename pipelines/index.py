@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.compute
+
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import connect
 from cytoray.distributed.index import index_slides, merge_parts
@@ -17,6 +19,9 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder
 from cytoray.slides import Grid, read_manifest
+
+# Arrow makes its compute functions at import, where a type checker cannot see them.
+pc: Any = pyarrow.compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +100,13 @@ def run(config: Config) -> dict[str, Any]:
         quarantine.to_pylist(),
         subtitle=str(config.manifest),
     )
-    usable = sum(status == "ok" for status in slides.column("status").to_pylist())
+    usable = pc.sum(pc.equal(slides["status"], "ok")).as_py() or 0
     summary = {
         "num_slides": usable,
         "num_quarantined": len(manifest) - usable,
-        "num_quarantined_regions": sum(bool(r) for r in quarantine.column("region").to_pylist()),
-        "num_tiles": sum(n or 0 for n in slides.column("num_tiles").to_pylist()),
-        "num_nuclei": sum(n or 0 for n in slides.column("num_nuclei").to_pylist()),
+        "num_quarantined_regions": pc.sum(pc.not_equal(quarantine["region"], "")).as_py() or 0,
+        "num_tiles": pc.sum(slides["num_tiles"]).as_py() or 0,
+        "num_nuclei": pc.sum(slides["num_nuclei"]).as_py() or 0,
         "slides": str(folder.path / "slides.parquet"),
         "quarantine": str(folder.path / "quarantine.parquet"),
         "qc_page": str(page),

@@ -23,6 +23,15 @@ def test_a_spooled_table_is_the_same_and_leaves_no_file(tmp_path) -> None:
     assert spool_table([], table.schema, tmp_path).num_rows == 0
 
 
+def test_batches_are_put_together(tmp_path) -> None:
+    with TableSpool(pieces()[0].schema, tmp_path, together=5) as spool:
+        for batch in pieces():
+            spool.write(batch)
+        table = spool.table()
+    assert [batch.num_rows for batch in table.to_batches()] == [10, 1]
+    assert table["n"].to_pylist() == list(range(11))
+
+
 def test_a_spool_given_up_leaves_no_file(tmp_path) -> None:
     def fail() -> None:
         with TableSpool(pieces()[0].schema, tmp_path) as spool:

@@ -25,6 +25,8 @@ pc: Any = pyarrow.compute
 
 # Chunks counted at once, so that a sum over all of them needs no second array as large.
 _COUNTED = 1 << 20
+# Rows of slides in one piece: looking up a row takes the longer the more pieces there are.
+_ROWS_TOGETHER = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ def make_plan(
         for batch in batches:
             usable = batch.filter(pc.equal(batch.column("status"), "ok"))
             rows = usable.select([name for name in usable.schema.names if name != "keep_masks"])
-            spool = spool or TableSpool(rows.schema, spool_dir)
+            spool = spool or TableSpool(rows.schema, spool_dir, together=_ROWS_TOGETHER)
             spool.write(rows)
             chunk_index, keep_mask, per_slide = _kept_chunks(usable.column("keep_masks"))
             index.write(chunk_index)
