@@ -29,7 +29,7 @@ def usage() -> str:
     return (
         "usage: cytoray <job> [named-run] [--flags]\n\njobs:\n"
         f"{jobs}\n\n`cytoray <job> --help` lists a job's flags. Every job takes --config FILE "
-        "(a run's config.yaml) and --address of a running Ray cluster."
+        "(a run's config.yaml), and all that need one --address of a running Ray cluster."
     )
 
 
