@@ -14,14 +14,13 @@ from cytoray.io import atomic_write_text
 from cytoray.nuclei import DETECTORS
 from cytoray.planning import (
     DeviceRate,
-    Forecast,
-    Interval,
     MeasureSettings,
     NodeGroup,
     SlideMeasure,
     Work,
     flops_per_tile,
     forecast,
+    forecast_lines,
     index_facts,
     measure_slide,
     parse_nodes,
@@ -29,8 +28,8 @@ from cytoray.planning import (
     usable_rows,
 )
 from cytoray.planning.device import bound_rate, crop_flops, measure_encoder, measure_training
-from cytoray.planning.nodes import gpu_model, price_per_hour, total_cpus, total_gpus
-from cytoray.progress import Progress, duration, summary_table
+from cytoray.planning.nodes import gpu_model, total_cpus, total_gpus
+from cytoray.progress import Progress, summary_table
 from cytoray.slides import Grid, read_manifest
 from cytoray.training import PretrainConfig
 from pipelines.pretrain import Config as Pretrain
@@ -166,7 +165,10 @@ def run(config: Config) -> dict[str, Any]:
     if config.out is not None:
         text = json.dumps({"config": to_plain(config)} | summary, indent=2)
         atomic_write_text(config.out / "plan.json", text + "\n")
-    _say(config, result, work, measured, nodes)
+    lines = forecast_lines(result, work, measured, nodes)
+    if config.out is not None:
+        lines["written"] = str(config.out / "plan.json")
+    summary_table(f"plan: {config.job}; nothing was started", lines)
     return summary | {"exit_code": 0}
 
 
@@ -256,58 +258,6 @@ def _gpu_rate(
     if config.measure_step:
         return measure_training(ssl, grid.tile_px, batch, steps)
     return bound_rate(flops_per_tile(ssl), gpu_model(nodes))
-
-
-def _say(
-    config: Config,
-    result: Forecast,
-    work: Work,
-    measured: list[SlideMeasure],
-    nodes: tuple[NodeGroup, ...],
-) -> None:
-    at_least = "at least " if result.is_bound else ""
-    rows: dict[str, Any] = {
-        "slides": f"{work.num_slides:,}, of which {len(measured)} were read",
-        "quarantined": shown(result.quarantined.scaled(100), "%"),
-        "tiles": shown(result.tiles),
-        "nuclei": shown(result.nuclei),
-        "tiles processed": shown(result.tiles_processed),
-        "read from storage": shown(result.bytes_read.scaled(1e-9), "GB"),
-    }
-    for stage in result.stages:
-        text = f"{stage.ms_per_tile:,.2f} ms a tile, {stage.tiles_per_s_core:,.0f} tiles/s a core"
-        rows[f"CPU: {stage.name}"] = text
-    rows["reading CPUs"] = f"{result.reader_cpus:,}"
-    if result.gpu is not None and result.cores_to_feed_gpus is not None:
-        most = "at most " if result.is_bound else ""
-        rows["GPU"] = f"{most}{result.gpu.tiles_per_s:,.0f} tiles/s each ({result.gpu.what})"
-        rows["cores to feed the GPUs"] = f"{most}{result.cores_to_feed_gpus:,.1f}"
-    sure = not result.is_bound or result.bottleneck == "GPU"
-    rows["bottleneck"] = result.bottleneck + ("" if sure else ", if the GPUs reached their bound")
-    rows["hours"] = f"{at_least}{shown(result.hours)} ({duration(3600 * result.hours.value)})"
-    rows["cost"] = f"{at_least}{shown(result.cost)}, at {price_per_hour(nodes):,.2f} an hour"
-    rows["object store"] = f"{result.object_store_bytes / 1e9:,.2f} GB on all nodes together"
-    for slide in measured:
-        if slide.reason:
-            rows[f"refused: {slide.slide_id}"] = f"{slide.message} [{slide.reason}]"
-    if config.out is not None:
-        rows["written"] = str(config.out / "plan.json")
-    summary_table(f"plan: {config.job}; nothing was started", rows)
-
-
-def shown(interval: Interval, unit: str = "") -> str:
-    """`1,234 (1,100 to 1,400)`, with the unit behind."""
-    unit = f" {unit}" if unit else ""
-    if interval.low is None or interval.high is None:
-        return f"{_digits(interval.value)}{unit} (one slide: no interval)"
-    if interval.low == interval.high:
-        return f"{_digits(interval.value)}{unit}"
-    ends = f"{_digits(interval.low)} to {_digits(interval.high)}"
-    return f"{_digits(interval.value)}{unit} ({ends})"
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from cytoray.planning.forecast import Forecast, Work, forecast
 from cytoray.planning.measure import MeasureSettings, SlideMeasure, measure_slide
 from cytoray.planning.nodes import NodeGroup, parse_nodes
 from cytoray.planning.sample import IndexFacts, index_facts, sample_slides, usable_rows
+from cytoray.planning.show import forecast_lines
 
 __all__ = [
     "DeviceRate",
@@ -19,6 +20,7 @@ __all__ = [
     "estimate",
     "flops_per_tile",
     "forecast",
+    "forecast_lines",
     "index_facts",
     "measure_slide",
     "parse_nodes",

@@ -123,7 +123,7 @@ def group_numbers(column: Any) -> np.ndarray:
         column: chunked array of text, N rows.
 
     Returns:
-        int64 (N,), numbered in the order of first occurrence; -1 for null.
+        int64 (N,), numbered from 0 in the order of first occurrence; -1 for null.
     """
     for salt in itertools.count():
         hashes = np.concatenate(
@@ -135,8 +135,11 @@ def group_numbers(column: Any) -> np.ndarray:
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     numbers = rank[group]
-    valid = column.is_valid().to_numpy()
-    return np.where(valid, numbers, -1)
+    null = ~column.is_valid().to_numpy()
+    if null.any():
+        numbers -= numbers > numbers[null][0]
+        numbers[null] = -1
+    return numbers
 
 
 def _hashes(chunk: Any, salt: int) -> np.ndarray:

@@ -148,6 +148,10 @@ def test_a_repeated_or_missing_z_is_a_repeated_slide(tmp_path):
     assert "'b' occurs 2 times (lines 4, 5)" in message
     assert "column `z`" in message
     assert "'c'" not in message
+    text = "slide_id,path\nq,q.svs\n,a.svs\na,a.svs\nb,b.svs\n,c.svs\na,d.svs\n"
+    message = problems_of(write(tmp_path, text))
+    assert "'a' occurs 2 times (lines 4, 7)" in message
+    assert "line 3: the row has an empty slide_id" in message
 
 
 def test_planes_must_agree_on_what_a_slide_has_once(tmp_path):
@@ -182,7 +186,7 @@ def test_texts_of_one_hash_are_told_apart(monkeypatch):
 
     monkeypatch.setattr(manifest_checks, "_hashes", weak)
     column = pa.chunked_array([["b", None, "a"], ["b", "c", "a", None]])
-    assert manifest_checks.group_numbers(column).tolist() == [0, -1, 2, 0, 3, 2, -1]
+    assert manifest_checks.group_numbers(column).tolist() == [0, -1, 1, 0, 2, 1, -1]
     assert set(tried) == {0, 1, 2}
 
 
