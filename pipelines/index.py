@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cytoray.attempts import PARTIAL, Patience
+import pyarrow.compute
+
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import connect
 from cytoray.distributed.index import index_slides, merge_parts
 from cytoray.errors import InputError, raise_problems
-from cytoray.indexing import IndexSettings
+from cytoray.indexing import PARTIAL, IndexSettings, Patience
 from cytoray.nuclei import DETECTORS
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
@@ -23,6 +24,9 @@ from cytoray.slides import Grid, magnification_to_mpp, read_manifest
 from cytoray.slides.remote import check_urls, redact
 
 _MPP = 0.5
+
+# Arrow makes its compute functions at import, where a type checker cannot see them.
+pc: Any = pyarrow.compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +41,13 @@ class Config:
         mpp: um/px of the tiles; default: 0.5.
         magnification: instead of mpp: 20 is 0.5 um/px, 40 is 0.25.
         detector: nuclei detector; `none` leaves detection to pretraining.
+        nuclei_dir: with the detector `precomputed`: folder of <slide_id>.csv, .geojson or .parquet.
+        nuclei_frame: what x and y of those files are, unless they say: `level0` pixels or `um`.
         keep_share: a tile is kept when at least this share of it is foreground.
         trust_manifest_mpp: let the manifest's mpp overrule a file that contradicts it.
+        estimate_mpp: check every slide's um/px by the size of its nuclei, and take that where
+            nobody states one; rough: it finds errors by ten.
+        min_focus: tiles less sharp than this (0..1; 0.36 is a blur of about 2.5 um) are left out.
         timeout_s: seconds that opening a slide, or reading one of its chunks, may take before its
             reader is ended and started again; 0: any time.
         max_tries: a slide whose reader died or was ended this often at one place is quarantined.
@@ -54,8 +63,12 @@ class Config:
     mpp: float | None = None
     magnification: float | None = None
     detector: str = "classical"
+    nuclei_dir: Path | None = None
+    nuclei_frame: str = "level0"
     keep_share: float = 0.02
     trust_manifest_mpp: bool = False
+    estimate_mpp: bool = False
+    min_focus: float = 0.0
     timeout_s: float = 600.0
     max_tries: int = 2
     max_actors: int = 0
@@ -78,6 +91,14 @@ class Config:
                     f"--magnification {self.magnification:g} is {meant:g} um/px, --mpp says "
                     f"{self.mpp:g}; give one of them"
                 )
+        if (self.detector == "precomputed") != (self.nuclei_dir is not None):
+            problems.append(
+                "--nuclei-dir and --detector precomputed belong together: give both or neither"
+            )
+        if self.nuclei_frame not in ("level0", "um"):
+            problems.append(f"--nuclei-frame must be level0 or um, not {self.nuclei_frame!r}")
+        if not 0 <= self.min_focus < 1:
+            problems.append(f"--min-focus must be from 0 to below 1, not {self.min_focus:g}")
         if not 0 <= self.keep_share <= 1:
             problems.append(f"--keep-share must be from 0 to 1, not {self.keep_share:g}")
         if self.timeout_s < 0:
@@ -87,6 +108,13 @@ class Config:
         if self.max_actors < 0:
             problems.append(f"--max-actors must be 0 or more, not {self.max_actors}")
         raise_problems("this index cannot be made:", problems)
+
+    @property
+    def detector_options(self) -> dict[str, Any]:
+        """What the detector is built with."""
+        if self.nuclei_dir is None:
+            return {}
+        return {"folder": str(self.nuclei_dir.resolve()), "frame": self.nuclei_frame}
 
     @property
     def grid(self) -> Grid:
@@ -101,6 +129,9 @@ def run(config: Config) -> dict[str, Any]:
     settings = IndexSettings(
         grid=config.grid,
         detector=config.detector,
+        detector_kwargs=config.detector_options,
+        estimate_mpp=config.estimate_mpp,
+        min_focus=config.min_focus,
         keep_share=config.keep_share,
         trust_manifest_mpp=config.trust_manifest_mpp,
         patience=Patience(
@@ -126,13 +157,13 @@ def run(config: Config) -> dict[str, Any]:
         subtitle=redact(config.manifest),
         labels=manifest.label_columns,
     )
-    usable = sum(status == "ok" for status in slides.column("status").to_pylist())
+    usable = pc.sum(pc.equal(slides["status"], "ok")).as_py() or 0
     summary = {
         "num_slides": usable,
         "num_quarantined": len(manifest) - usable,
-        "num_quarantined_regions": sum(bool(r) for r in quarantine.column("region").to_pylist()),
-        "num_tiles": sum(n or 0 for n in slides.column("num_tiles").to_pylist()),
-        "num_nuclei": sum(n or 0 for n in slides.column("num_nuclei").to_pylist()),
+        "num_quarantined_regions": pc.sum(pc.not_equal(quarantine["region"], "")).as_py() or 0,
+        "num_tiles": pc.sum(slides["num_tiles"]).as_py() or 0,
+        "num_nuclei": pc.sum(slides["num_nuclei"]).as_py() or 0,
         "slides": str(folder.path / "slides.parquet"),
         "quarantine": str(folder.path / "quarantine.parquet"),
         "qc_page": str(page),

@@ -23,9 +23,9 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
 from cytoray.report.sections import example_views, pretrain_section
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import grid_of_row, read_slide_table
+from cytoray.slides import iter_slide_table
 from cytoray.streaming import ChunkOrder
-from cytoray.streaming.plan import ReadPlan, make_plan
+from cytoray.streaming.plan import ReadPlan, plan_of_index
 from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig, latest_checkpoint
@@ -182,15 +182,7 @@ def read_plan(config: Config) -> ReadPlan:
     Raises:
         InputError: no index there, or no usable tile.
     """
-    slides = read_slide_table(config.index / "slides.parquet")
-    if config.splits:
-        keep = [split in config.splits for split in slides.column("split").to_pylist()]
-        slides = slides.filter(keep)
-    usable = [row for row in slides.to_pylist() if row["status"] == "ok"]
-    if not usable:
-        raise InputError(f"no usable slide in {config.index} (splits: {config.splits or 'all'})")
-    grid = grid_of_row(usable[0]).grid
-    return make_plan(slides, tile_px=grid.tile_px, mpp=grid.mpp)
+    return plan_of_index(config.index, config.splits)
 
 
 def plan_facts(plan: ReadPlan) -> dict[str, Any]:
@@ -244,6 +236,11 @@ def _reader_config(config: Config) -> TileReaderConfig:
             "--nuclei detect"
         )
     use_table = has_table and config.nuclei != "detect"
+    if config.detector == "precomputed" and not use_table:
+        raise InputError(
+            "detector `precomputed` cannot find nuclei on the fly; run `cytoray index --detector "
+            "precomputed --nuclei-dir DIR`, and pretrain with its table"
+        )
     return TileReaderConfig(
         seed=config.ssl.seed,
         policy=crop_policy(config.ssl),
@@ -254,8 +251,8 @@ def _reader_config(config: Config) -> TileReaderConfig:
 
 
 def _has_nuclei_table(index: Path) -> bool:
-    slides = read_slide_table(index / "slides.parquet")
-    return any(count is not None for count in slides.column("num_nuclei").to_pylist())
+    batches = iter_slide_table(index / "slides.parquet", ["num_nuclei"])
+    return any(batch.column(0).null_count < batch.num_rows for batch in batches)
 
 
 def _say(

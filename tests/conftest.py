@@ -105,10 +105,14 @@ def nuclei_dir(plain_index: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def plan_tile_ids(read_plan: ReadPlan) -> list[str]:
-    """Every tile of `read_plan`, sorted; worked out from the slide table's masks alone."""
+def plan_tile_ids(read_plan: ReadPlan, plain_index: Path) -> list[str]:
+    """Every tile of `read_plan`, sorted; worked out from the slides' masks alone."""
+    from cytoray.indexing import part_path, read_indexed
+
     names = []
-    for row in read_plan.slides.to_pylist():
+    ids = read_plan.slides.column("slide_id").to_pylist()
+    slides: list[Any] = [read_indexed(part_path(plain_index, slide_id)) for slide_id in ids]
+    for row in (slide.row for slide in slides):
         columns = row["chunk_columns"]
         for chunk, mask in enumerate(row["keep_masks"]):
             place = f"{chunk % columns}_{chunk // columns}"

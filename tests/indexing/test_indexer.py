@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cytoray.attempts import Patience
 from cytoray.indexing import (
     IndexedSlide,
     IndexSettings,
+    Patience,
     SlideIndexer,
     is_finished,
     part_path,
@@ -214,7 +214,7 @@ KILL_AT = """
 import os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
-from cytoray.attempts import Patience
+from cytoray.indexing import Patience
 from tests.test_indexing import SETTINGS
 from cytoray.indexing import SlideIndexer
 import json
