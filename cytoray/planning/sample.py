@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from cytoray.errors import InputError
-from cytoray.slides import iter_slide_table
+from cytoray.slides import fingerprint, iter_slide_table
 
 # Arrow makes its compute functions at import, where a type checker cannot see them.
 pc: Any = pyarrow.compute
@@ -123,7 +123,4 @@ def usable_rows(slides: str | os.PathLike[str]) -> Iterator[pa.RecordBatch]:
 def _size(row: dict[str, Any]) -> int:
     if row.get("file_size_bytes"):
         return int(row["file_size_bytes"])
-    try:
-        return os.stat(row["path"]).st_size
-    except OSError:
-        return 0
+    return fingerprint(row["path"])[0] or 0
