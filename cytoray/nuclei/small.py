@@ -42,7 +42,7 @@ class SmallConfig:
     """
 
     weights: str | os.PathLike[str] = ""
-    min_score: float = 0.35
+    min_score: float = 0.4
     overlap: float = 0.9
 
     def __post_init__(self) -> None:

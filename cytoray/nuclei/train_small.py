@@ -5,8 +5,9 @@
 
 A mask has the stem of its image and is bright (above 127) in nuclei. `--hold-out` names a file
 with one stem a line: these images are scored at the end and never trained on. A record of the
-configuration and of the figures is written beside the weights, as `.json`; the weights the package
-brings have theirs there too.
+configuration, the held-out stems and the figures is written beside the weights, as `.json`. Those
+of the package have theirs in `weights/small.json`; besides painted scenes and generated slides
+they saw 44 of 77 labelled liquid-based cervical fields (CC BY 4.0), split by original field.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class TrainConfig:
         seed: of the data and the initial weights.
     """
 
-    steps: int = 2000
+    steps: int = 1300
     batch: int = 16
     crop_px: int = 128
     slides: int = 24
