@@ -12,6 +12,7 @@ from cytoray.nuclei.score import (
     pool_scores,
     score_detections,
 )
+from cytoray.nuclei.small import SmallConfig, SmallDetector
 from cytoray.nuclei.stain import black_border, nuclear_density
 from cytoray.nuclei.table import (
     NUCLEI_COLUMNS,
@@ -33,6 +34,8 @@ __all__ = [
     "Detector",
     "NoDetector",
     "PrecomputedNuclei",
+    "SmallConfig",
+    "SmallDetector",
     "assign_to_tiles",
     "black_border",
     "build_detector",
