@@ -261,7 +261,8 @@ def weights_error(name: str, error: Exception) -> InputError:
             f"without a connection to the hub: run {fetch} where there is one and copy its cache "
             "(the folder HF_HOME names) here, or give a local copy: local-dir:FOLDER, NAME@FILE"
         )
-        hints.append(f"for random weights (to try the pipeline): {RANDOM}{name}")
+        tried = "vit_base_patch16_224" if hub else name
+        hints.append(f"to try the pipeline with random weights: {RANDOM}{tried}")
     return InputError(f"encoder {name!r} cannot be loaded: {first_line(error)}", hints)
 
 
@@ -297,6 +298,7 @@ def _answers(endpoint: str) -> bool:
     return True
 
 
+_PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 _NO_CONNECTION = frozenset({"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"})
 
 
