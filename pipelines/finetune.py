@@ -1,0 +1,466 @@
+"""`cytoray finetune`: encoders x adapters x amounts of labelled cell images x seeds, in MLflow."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ray
+
+from cytoray.config import to_plain
+from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.finetune import (
+    CellSettings,
+    EncoderFacts,
+    encoder_facts,
+    features_of_cells,
+    read_answers,
+    run_cell_trial,
+    trial_pieces,
+)
+from cytoray.distributed.pieces import Piece, run_pieces
+from cytoray.errors import InputError, raise_problems
+from cytoray.evaluation import Split
+from cytoray.finetune import (
+    FITS,
+    Cells,
+    CellTrial,
+    Columns,
+    TrainConfig,
+    best_trial,
+    draw_examples,
+    export_encoder,
+    load_classifier,
+    parse_adapter,
+    read_cells,
+    result_table,
+    split_cells,
+)
+from cytoray.finetune.data import prepare_cells, split_counts
+from cytoray.io import atomic_write_text
+from cytoray.plain import json_ready
+from cytoray.progress import Progress, summary_table
+from cytoray.report.evaluation_page import finetune_sections
+from cytoray.report.page import write_report
+from cytoray.runs import MAY_CHANGE, RunFolder
+from cytoray.slides import quarantine_row, write_quarantine
+from cytoray.tracking import Tracker
+
+MAY_CHANGE_HERE = MAY_CHANGE | {
+    "cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment", "strict", "model_name",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Adapt encoders to labelled cell images and measure how much data each way needs.
+
+    Attributes:
+        cells: a folder with one folder per class, or a CSV (path, label, group, split).
+        out: folder of this run.
+        encoders: to try: `clip`, `quilt`, `biomedclip`, `uni`, `gigapath`, `vit`, any timm name,
+            `hf-hub:...`, `open_clip:...`, NAME@FILE, `random:NAME`, or a folder of `pretrain`.
+        adapters: what is trained: `linear`, `lora` (q,v rank 2), `lora16` (q,k,v,o rank 16),
+            `lora:TARGETS:RANK` with targets of q, k, v, o, mlp, `full`.
+        shots: examples of each class to learn from.
+        shares: shares of the training images to learn from, e.g. 0.05 1.0.
+        seeds: of the draw and the training.
+        lrs: learning rates to try; the best on validation is reported for each setting.
+        alpha: of LoRA.
+        dropout: of LoRA.
+        train: everything else of a trial.
+        columns: columns of the CSV; `columns.group-pattern` finds groups in names of a folder.
+        fit: how an image becomes square: squash, crop (its middle) or pad.
+        val_fraction: share of the groups that chooses, where the CSV has no split.
+        test_fraction: share of the groups to test on, where the CSV has no split.
+        split_seed: of that split.
+        pretrained: published weights, else random ones.
+        cpus_per_trial: CPUs of a trial.
+        gpus_per_trial: GPUs of a trial, a fraction packs several; default: 1 where there are any.
+        max_concurrent: trials at a time; 0: as many as fit.
+        model_name: name in the MLflow registry.
+        tracking_uri: MLflow; default: a SQLite file in the working folder.
+        experiment: MLflow experiment.
+        strict: exit with code 3 when an image could not be read.
+        dry_run: say what would be run, and stop.
+        resume: go on with the run in `out`; finished trials are not run again.
+        address: a running Ray cluster; default: start one here.
+    """
+
+    cells: Path
+    out: Path
+    encoders: tuple[str, ...]
+    adapters: tuple[str, ...] = ("linear", "lora")
+    shots: tuple[int, ...] = (1, 2, 4, 8, 16, 50)
+    shares: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lrs: tuple[float, ...] = (1e-3, 1e-4)
+    alpha: float = 1.0
+    dropout: float = 0.25
+    train: TrainConfig = field(default_factory=TrainConfig)
+    columns: Columns = field(default_factory=Columns)
+    fit: str = "squash"
+    val_fraction: float = 0.15
+    test_fraction: float = 0.25
+    split_seed: int = 0
+    pretrained: bool = True
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float | None = None
+    max_concurrent: int = 0
+    model_name: str = "cytoray-cells"
+    tracking_uri: str = ""
+    experiment: str = "cytoray"
+    strict: bool = False
+    dry_run: bool = False
+    resume: bool = False
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        needed = {"encoders": self.encoders, "adapters": self.adapters, "seeds": self.seeds}
+        needed |= {"lrs": self.lrs, "shots or --shares": (*self.shots, *self.shares)}
+        problems = [f"--{name} needs a value" for name, given in needed.items() if not given]
+        problems += [f"--shots {n} must be 1 or more" for n in self.shots if n < 1]
+        problems += [f"--shares {s:g} must be above 0 to 1" for s in self.shares if not 0 < s <= 1]
+        problems += [f"--lrs {lr:g} must be above 0" for lr in self.lrs if lr <= 0]
+        if self.fit not in FITS:
+            problems.append(f"--fit {self.fit!r} is none of {', '.join(FITS)}")
+        fractions = (self.val_fraction, self.test_fraction)
+        if min(fractions) <= 0 or sum(fractions) >= 1:
+            problems.append("--val-fraction and --test-fraction must be above 0 and sum below 1")
+        for name in self.adapters:
+            try:
+                parse_adapter(name, alpha=self.alpha, dropout=self.dropout)
+            except InputError as error:
+                problems.append(str(error).replace("\n", " "))
+        if self.cpus_per_trial <= 0 or (self.gpus_per_trial or 0) < 0:
+            problems.append("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
+        raise_problems("these trials cannot be run:", problems)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the trials, choose by validation, report on the test part, export the best encoder."""
+    began = time.perf_counter()
+    trials = grid_trials(config)
+    cells = read_cells(config.cells, config.columns)
+    check_examples(trials, cells, split_of(config, cells))
+    if config.dry_run:
+        return _plan(config, trials, cells)
+    encoders = {name: encoder_facts(name, config.pretrained) for name in config.encoders}
+    connect(config.address)
+    gpus = gpus_of_task(config.gpus_per_trial)
+    check_fits(
+        [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=gpus)],
+        hint="ask for less --cpus-per-trial or --gpus-per-trial",
+    )
+    folder = RunFolder.open(
+        config.out, "finetune", to_plain(config), config.resume, MAY_CHANGE_HERE
+    )
+    tracker = Tracker(config.tracking_uri or None, config.experiment)
+    run_id = tracker.start_run(
+        f"finetune {config.cells.stem}", params=to_plain(config),
+        tags={"cytoray.job": "finetune"}, key=folder.run_id,
+    )  # fmt: skip
+    with Progress(f"finetune {len(trials)} trials on {len(cells):,} images") as progress:
+        settings, num_bad = prepare(config, folder, cells, encoders, gpus, tracker, progress)
+        check_examples(trials, settings.data.cells, settings.split)
+        results, failed = _run_trials(
+            config, folder, trials, settings, gpus, tracker, run_id, progress
+        )
+    if not results:
+        tracker.end_run(run_id, "FAILED")
+        raise InputError("every trial failed", [f"{k}: {v}" for k, v in failed.items()])
+    summary = _finish(config, folder, settings, results, failed, tracker, run_id)
+    summary |= {
+        "num_quarantined": num_bad,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    folder.write_summary(summary)
+    tracker.log_artifact(run_id, folder.summary_path)
+    tracker.end_run(run_id, "FINISHED")
+    sections = finetune_sections(folder.path, settings.data, settings.split)
+    write_report(folder.report_path, sections, "Fine-tuning on cell images", str(folder.path))
+    summary_table("finetune", {k: v for k, v in summary.items() if k not in ("table", "parts")})
+    _print_table(summary["table"])
+    return summary | {"exit_code": 3 if config.strict and num_bad else 0}
+
+
+def grid_trials(config: Config) -> list[CellTrial]:
+    """Every combination once, the cheap ones first."""
+    adapters = [
+        parse_adapter(name, alpha=config.alpha, dropout=config.dropout) for name in config.adapters
+    ]
+    amounts = [(shots, 1.0) for shots in config.shots] + [(0, share) for share in config.shares]
+    grid = itertools.product(adapters, amounts, config.encoders, config.lrs, config.seeds)
+    trials = [
+        CellTrial(
+            encoder=encoder, adapter=adapter, shots=shots, share=share, lr=lr, seed=seed,
+            train=config.train,
+        )
+        for adapter, (shots, share), encoder, lr, seed in grid
+    ]  # fmt: skip
+    return list({to_key(trial): trial for trial in trials}.values())
+
+
+def to_key(trial: CellTrial) -> str:
+    """What makes two trials the same."""
+    return json.dumps(to_plain(trial), sort_keys=True)
+
+
+def split_of(config: Any, cells: Cells) -> Split:
+    """The parts, by the fractions and seed of a config."""
+    return split_cells(
+        cells,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.split_seed,
+    )
+
+
+def check_examples(trials: list[CellTrial], cells: Cells, split: Split) -> None:
+    """See that the training part has the examples that the trials ask for.
+
+    Raises:
+        InputError: a class with fewer images than shots; all of them.
+    """
+    counts = np.bincount(cells.labels[split.train], minlength=len(cells.classes))
+    most = max((trial.shots for trial in trials), default=0)
+    problems = [
+        f"class {name!r} has {count} training images, {most} shots are asked for"
+        for name, count in zip(cells.classes, counts.tolist(), strict=True)
+        if count < most
+    ]
+    raise_problems("the training part is too small; ask for fewer --shots:", problems)
+    draw_examples(trials[0], cells.labels, cells.groups, split.train)
+
+
+def gpus_of_task(asked: float | None) -> float:
+    """GPUs of a task: as asked, else one where the cluster has any."""
+    if asked is not None:
+        return asked
+    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+
+def prepare(
+    config: Any,
+    folder: RunFolder,
+    cells: Cells,
+    encoders: dict[str, EncoderFacts],
+    gpus: float,
+    tracker: Tracker | None,
+    progress: Progress,
+    *,
+    features: bool | None = None,
+) -> tuple[CellSettings, int]:
+    """Decode the images, split them, and compute frozen features where they are needed.
+
+    Args:
+        config: of this job, or of `evaluate`.
+        folder: of the run; pixels and features are cached in it.
+        cells: all images.
+        encoders: by name.
+        gpus: of a task.
+        tracker: where trials log to.
+        progress: shown while it runs.
+        features: compute them; default: when an adapter needs them.
+
+    Returns:
+        what the trials share, and how many images could not be read.
+    """
+    sides = [facts.img_px for facts in encoders.values()]
+    data, bad = prepare_cells(
+        cells, sides, folder.path / "pixels", fit=config.fit,
+        on_progress=lambda done, total: progress.update("decode", done, total, "images"),
+    )  # fmt: skip
+    rows = [
+        quarantine_row(cells.names[row], cells.paths[row], folder.kind, code, message)
+        for row, code, message in bad
+    ]
+    write_quarantine(rows, folder.path / "quarantine.parquet")
+    settings = CellSettings(
+        data=data,
+        split=split_of(config, data.cells),
+        encoders=encoders,
+        pretrained=config.pretrained,
+        tracking_uri=tracker.uri if tracker else "",
+        use_gpu=gpus > 0,
+        fit=config.fit,
+        extra={"cells": str(config.cells)},
+    )
+    if features is None:
+        features = any(not parse_adapter(name).needs_pixels for name in config.adapters)
+    if features:
+        known = features_of_cells(
+            settings, folder.path / "features", cpus=1.0, gpus=gpus,
+            on_progress=lambda done, total: progress.update("features", done, total, "blocks"),
+        )  # fmt: skip
+        settings = replace(settings, encoders=known)
+    return settings, len(bad)
+
+
+def _run_trials(
+    config: Config,
+    folder: RunFolder,
+    trials: list[CellTrial],
+    settings: CellSettings,
+    gpus: float,
+    tracker: Tracker,
+    parent_run_id: str,
+    progress: Progress,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Run what has no result yet; each trial has one MLflow run, closed when it ends."""
+    seen: list[dict[str, Any]] = []
+
+    def start(piece: Piece) -> Piece:
+        trial = to_plain(piece.payload)
+        run_id = tracker.start_run(
+            piece.key, params=trial, tags={"cytoray.job": "trial"},
+            parent_run_id=parent_run_id, key=f"{folder.run_id}:{piece.key}",
+        )  # fmt: skip
+        return replace(piece, run_id=run_id)
+
+    def done(piece: Piece, result: dict[str, Any] | None, error: str) -> None:
+        tracker.end_run(piece.run_id, "FAILED" if error else "FINISHED")
+        if error:
+            tracker.set_tags(piece.run_id, {"cytoray.error": error[:500]})
+        if result is not None:
+            seen.append(result)
+            best = best_trial(seen)
+            progress.note(f"best so far: {best['key']}, val accuracy {best['val']['accuracy']:.3f}")
+            _prune(folder.path, seen, best["key"])
+
+    results, failed = run_pieces(
+        trial_pieces(trials, folder.path), run_cell_trial, settings,
+        cpus=config.cpus_per_trial, gpus=gpus, max_concurrent=config.max_concurrent,
+        on_start=start, on_done=done,
+        on_progress=lambda done, total: progress.update("trials", done, total, "trials"),
+    )  # fmt: skip
+    finished = {result["run_id"] for result in results}
+    for child in tracker.child_runs(parent_run_id):
+        if child.run_id in finished and child.status != "FINISHED":
+            tracker.end_run(child.run_id, "FINISHED")
+    return results, failed
+
+
+def _prune(out: Path, results: list[dict[str, Any]], best: str) -> None:
+    """Of encoders trained whole, which are large, keep only the best so far."""
+    for result in results:
+        if result["adapter"] == "full" and result["key"] != best:
+            shutil.rmtree(out / "trials" / result["key"] / "adapter", ignore_errors=True)
+
+
+def _finish(
+    config: Config,
+    folder: RunFolder,
+    settings: CellSettings,
+    results: list[dict[str, Any]],
+    failed: dict[str, str],
+    tracker: Tracker,
+    run_id: str,
+) -> dict[str, Any]:
+    """Table, best adapter, merged encoder, predictions, registered model; the summary."""
+    cells, split = settings.data.cells, settings.split
+    labels, groups = cells.labels[split.test], cells.groups[split.test]
+    table = result_table(
+        results, labels, groups, lambda key: read_answers(folder.path, key), seed=config.split_seed
+    )
+    best = best_trial(results)
+    adapter = folder.path / "best" / "adapter"
+    shutil.copytree(folder.path / "trials" / best["key"] / "adapter", adapter, dirs_exist_ok=True)
+    export_encoder(folder.path / "best" / "encoder", load_classifier(adapter))
+    answers = read_answers(folder.path, best["key"])
+    _write_predictions(folder, cells, split, answers)
+    version = tracker.register_model(
+        run_id, config.model_name, adapter,
+        tags={"val_accuracy": f"{best['val']['accuracy']:.4f}", "encoder": best["encoder"]},
+        description=f"{best['key']}, chosen by validation accuracy",
+    )  # fmt: skip
+    values = {f"test_{k}": v for k, v in best["test"].items() if v is not None}
+    tracker.log_metrics(run_id, values)
+    pd.DataFrame(table).to_csv(folder.path / "table.csv", index=False)
+    atomic_write_text(
+        folder.path / "results.json", json.dumps(json_ready({"table": table, "trials": results}))
+    )
+    tracker.log_artifact(run_id, folder.path / "results.json")
+    return {
+        "best": best["key"],
+        "best_val_accuracy": best["val"]["accuracy"],
+        "best_test": best["test"],
+        "classes": list(cells.classes),
+        "num_images": len(cells),
+        "num_groups": len(set(cells.groups.tolist())),
+        "groups": "as given" if cells.grouped else "none given: each image counts as its own",
+        "parts": split_counts(cells, split),
+        "num_trials": len(results) + len(failed),
+        "failed": failed,
+        "table": table,
+        "adapter": str(adapter),
+        "encoder": str(folder.path / "best" / "encoder"),
+        "registered_model": f"{config.model_name} version {version}",
+        "mlflow_run_id": run_id,
+        "mlflow_ui": tracker.ui_command(),
+        "report": str(folder.report_path),
+        "next": f"cytoray evaluate --cells {config.cells} --encoders "
+        f"{folder.path / 'best' / 'encoder'} --out EVALUATE",
+    }
+
+
+def _write_predictions(folder: RunFolder, cells: Cells, split: Split, answers: np.ndarray) -> None:
+    """The best trial's answer for every test image."""
+    frame = pd.DataFrame(
+        {
+            "image": [cells.names[i] for i in split.test],
+            "group": cells.groups[split.test],
+            "label": [cells.classes[i] for i in cells.labels[split.test]],
+            "predicted": [cells.classes[i] for i in answers.argmax(1)],
+        }
+    )
+    for index, name in enumerate(cells.classes):
+        frame[f"p_{name}"] = answers[:, index].round(6)
+    atomic_write_text(folder.path / "predictions.csv", frame.to_csv(index=False))
+
+
+def _plan(config: Config, trials: list[CellTrial], cells: Cells) -> dict[str, Any]:
+    """What a run would do."""
+    parts = split_counts(cells, split_of(config, cells))
+    plan = {
+        "trials": len(trials),
+        "encoders": ", ".join(config.encoders),
+        "adapters": ", ".join(config.adapters),
+        "images": len(cells),
+        "groups": len(set(cells.groups.tolist())) if cells.grouped else "none given",
+        "steps": sum(t.train.num_steps(round(t.share * len(cells)), t.shots) for t in trials),
+    }
+    for row in parts:
+        plan[f"class {row['class']}"] = ", ".join(
+            f"{row[part]} {part} ({row[f'{part} groups']} groups)"
+            for part in ("train", "val", "test")
+        )
+    summary_table("finetune would run", plan)
+    return plan
+
+
+def _print_table(table: list[dict[str, Any]]) -> None:
+    def shown(row: dict[str, Any]) -> str:
+        low, high = row["accuracy_low"], row["accuracy_high"]
+        return (
+            f"accuracy {row['accuracy']:.3f} ({low:.3f} to {high:.3f}), macro F1 "
+            f"{row['macro_f1']:.3f}, AUC {row['auc']:.3f}, lr {row['lr']:g}"
+        )
+
+    summary_table(
+        "test part, mean over seeds (95 % CI over groups)",
+        [(f"{row['encoder']} {row['adapter']} {row['amount']}", shown(row)) for row in table],
+    )
+
+
+if __name__ == "__main__":
+    from pipelines.cli import job_main
+
+    job_main("finetune")
