@@ -332,7 +332,9 @@ def _run_trials(
         if result is not None:
             seen.append(result)
             best = best_trial(seen)
-            progress.note(f"best so far: {best['key']}, val accuracy {best['val']['accuracy']:.3f}")
+            if best["key"] == result["key"]:
+                score = best["val"]["accuracy"]
+                progress.note(f"best so far: {best['key']}, val accuracy {score:.3f}")
             _prune(folder.path, seen, best["key"])
 
     results, failed = run_pieces(

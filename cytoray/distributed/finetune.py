@@ -177,7 +177,8 @@ def trial_key(trial: CellTrial) -> str:
     """A name for people with a hash of all that the trial is: the same on resume."""
     text = json.dumps(to_plain(trial), sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    encoder = "".join(c if c.isalnum() or c in "._-" else "-" for c in trial.encoder)[-40:]
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in trial.encoder)
+    encoder = safe[-40:].lstrip("-.")
     amount = f"{trial.shots}shots" if trial.shots else f"{100 * trial.share:g}pct"
     return f"{encoder}_{trial.adapter.name}_{amount}_lr{trial.lr:g}_s{trial.seed}_{digest}"
 

@@ -92,8 +92,13 @@ def prepare_cells(
     return data, [bad[row] for row in sorted(bad)]
 
 
-def split_counts(cells: Cells, split: Split) -> list[dict[str, Any]]:
-    """Images and groups of every class in every part: rows for a table."""
+def split_counts(cells: Any, split: Split) -> list[dict[str, Any]]:
+    """Examples and groups of every class in every part: rows for a table.
+
+    Args:
+        cells: has `labels`, `groups` and `classes`.
+        split: the parts.
+    """
     rows = []
     for index, name in enumerate(cells.classes):
         row: dict[str, Any] = {"class": name}
