@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 
 from cytoray.errors import InputError

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from cytoray.errors import InputError, choose, raise_problems
 from cytoray.finetune.cells import GROUP_COLUMNS, LABEL_COLUMNS, Cells, Columns
@@ -54,7 +55,7 @@ def read_labels(path: Path, columns: Columns | None = None) -> tuple[Cells, str]
     if len(classes) < 2:
         raise InputError(f"{path}: column {label!r} has {len(classes)} class(es); two are needed")
     groups = frame[group].tolist() if group else [_slide_of(name, unit) for name in ids]
-    split = frame["split"].tolist() if "split" in there and frame["split"].any() else None
+    split = frame["split"].tolist() if "split" in there else []
     cells = Cells(
         names=tuple(ids),
         paths=tuple(ids),
@@ -62,7 +63,7 @@ def read_labels(path: Path, columns: Columns | None = None) -> tuple[Cells, str]
         classes=classes,
         groups=np.array(groups, dtype=str),
         grouped=bool(group) or unit == "tile_id",
-        split=None if split is None else np.array(split, dtype=str),
+        split=np.array(split, dtype=str) if any(split) else None,
     )
     return cells, unit
 
@@ -72,12 +73,16 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"no table of labels at {path}")
     try:
         if path.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(path)
-            columns = [c for c in frame.columns if frame[c].map(np.isscalar).all()]
-            return frame[columns].astype(object).where(frame[columns].notna(), "").astype(str)
+            rows = pq.read_table(path).to_pylist()
+            return pd.DataFrame([{k: _text(v) for k, v in row.items()} for row in rows])
         return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _text(value: Any) -> str:
+    """A cell of a table as text; nothing for a list and the like."""
+    return "" if value is None or isinstance(value, (list, dict)) else str(value)
 
 
 def _slide_of(name: str, unit: str) -> str:

@@ -125,7 +125,7 @@ def read_cells(source: str | Path, columns: Columns | None = None) -> Cells:
     classes = tuple(sorted(set(table["label"])))
     if len(classes) < 2:
         raise InputError(
-            f"{source} holds one class only ({classes[0]!r}); a classifier needs at least two"
+            f"{source} holds one class only ({', '.join(classes)}); a classifier needs at least two"
         )
     return Cells(
         names=tuple(table["name"]),
@@ -181,7 +181,7 @@ def _csv_rows(path: Path, columns: Columns) -> dict[str, list[str]]:
         "name": _column("path", columns.path, PATH_COLUMNS, there, path),
         "label": _column("label", columns.label, LABEL_COLUMNS, there, path),
         "group": _column("group", columns.group, GROUP_COLUMNS, there, path, needed=False),
-        "split": "split" if "split" in there and frame["split"].any() else "",
+        "split": "split" if "split" in there and any(frame["split"].tolist()) else "",
     }
     return {key: frame[name].str.strip().tolist() for key, name in wanted.items() if name}
 

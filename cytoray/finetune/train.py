@@ -196,7 +196,6 @@ class _Session:
         weights = class_weights(self.labels[train], self.model.head.out_features, config.balanced)
         weights = weights.to(self.device)
         looks = set(np.linspace(0, total, config.evaluations + 1).round().astype(int)[1:].tolist())
-        looks = {total} if config.select == "last" and on_evaluation is None else looks | {total}
         batches = batch_stream(train, config.batch, self.rng)
         best: _Best | None = None
         history, losses = [], []

@@ -120,7 +120,8 @@ def load_named(name: str, *, pretrained: bool, seed: int, kwargs: Mapping[str, A
 
             return load_open_clip(source.removeprefix(OPEN_CLIP), pretrained=pretrained)
         if "@" in source and not source.startswith((*HUB, LOCAL_DIR)):
-            return _from_file(*source.split("@", 1), options)
+            architecture, _, path = source.partition("@")
+            return _from_file(architecture, path, options)
         return _from_timm(source, pretrained, options, seed)
 
 

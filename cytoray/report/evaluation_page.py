@@ -65,7 +65,7 @@ def finetune_sections(out: Path, data: CellData, split: Split) -> list[dict[str,
         "registered as": summary["registered_model"],
     }
     side = min(data.pixels, key=lambda side: abs(side - 160))
-    images = data.images(side)
+    images: Any = data.images(side)
     shown = [(split.test[i], title) for i, title in worst_mistakes(answers, summary["classes"])]
     sections.append(classifier_section("The best by validation", facts, answers, summary))
     sections.append(
