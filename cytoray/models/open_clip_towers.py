@@ -102,9 +102,10 @@ def tower_as_timm(visual: Any, img_px: int) -> tuple[str, dict[str, Any], dict[s
     weights = {f"visual.{name}": value for name, value in visual.state_dict().items()}
     trunk = getattr(visual, "trunk", None)
     if trunk is not None and hasattr(trunk, "blocks"):
-        head = getattr(visual.head, "proj", None)
-        if head is not None and not isinstance(head, nn.Linear):
-            raise _not_a_vit(visual, f"its projection is a {type(head).__name__}")
+        layers = {name: layer for name, layer in visual.head.named_children() if name != "drop"}
+        head = layers.pop("proj", None)
+        if layers or not isinstance(head, nn.Linear | None):
+            raise _not_a_vit(visual, "its projection is not one Linear")
         architecture = str(trunk.pretrained_cfg["architecture"])
         width = 0 if head is None else head.out_features
         return architecture, {"img_size": img_px, "num_classes": width}, weights

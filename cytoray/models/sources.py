@@ -319,6 +319,6 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message, shortened."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    """The first lines of a message as one, shortened."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2] or [type(error).__name__])[:300]

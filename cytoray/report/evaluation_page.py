@@ -163,8 +163,12 @@ def worst_mistakes(
     wrong = np.flatnonzero(called != labels)
     order = wrong[np.argsort(-probabilities[wrong, called[wrong]], kind="stable")]
     return [
-        (int(i), f"{classes[labels[i]]}\ncalled {classes[called[i]]} {probabilities[i].max():.2f}")
-        for i in order[:count]
+        (
+            i,
+            f"{classes[int(labels[i])]}\ncalled {classes[int(called[i])]} "
+            f"{probabilities[i].max():.2f}",
+        )
+        for i in order[:count].tolist()
     ]
 
 
