@@ -13,16 +13,16 @@ import numpy as np
 import pandas as pd
 
 from cytoray.config import to_plain
+from cytoray.distributed.cells import encoder_facts, gpus_of_task, prepare_images
 from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.evaluate import ANSWERS, EvaluationSettings, evaluate_piece
-from cytoray.distributed.finetune import encoder_facts
 from cytoray.distributed.pieces import Piece, run_pieces
 from cytoray.errors import InputError, choose, raise_problems
 from cytoray.evaluation import METRICS, PROBES, FewShotRun, few_shot_curve
 from cytoray.evaluation.bag_features import bag_features, open_stores, read_labels
 from cytoray.evaluation.protocol import MAPS, Examples, compare_encoders
-from cytoray.finetune import FITS, Cells, Columns, read_cells
-from cytoray.finetune.data import split_counts
+from cytoray.finetune import FITS, Cells, Columns, predictions_frame, read_cells
+from cytoray.finetune.data import check_shots, split_counts
 from cytoray.io import atomic_path, atomic_write_text
 from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
@@ -31,7 +31,7 @@ from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import quarantine_row, write_quarantine
 from cytoray.tracking import Tracker
-from pipelines.finetune import gpus_of_task, prepare, split_of
+from pipelines.finetune import split_of
 
 MAY_CHANGE_HERE = MAY_CHANGE | {"cpus_per_task", "gpus_per_task", "experiment", "strict"}
 
@@ -128,7 +128,7 @@ def run(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     made = _cells_examples(config) if config.cells is not None else _bag_examples(config)
     examples, encoders, start = made
-    check_shots(config, examples)
+    check_shots(examples, examples.split, max(config.shots, default=0))
     connect(config.address)
     gpus = gpus_of_task(config.gpus_per_task)
     check_fits(
@@ -172,9 +172,11 @@ def _cells_examples(config: Config) -> tuple[Examples, list[str], Any]:
     encoders = {name: encoder_facts(name, config.pretrained) for name in config.encoders}
 
     def start(folder: RunFolder, gpus: float, progress: Progress):
-        shared, num_bad = prepare(
-            config, folder, cells, encoders, gpus, None, progress, features=True
-        )
+        shared, num_bad = prepare_images(
+            cells, encoders, folder.path, stage="evaluate", progress=progress, gpus=gpus,
+            split=lambda readable: split_of(config, readable), fit=config.fit,
+            pretrained=config.pretrained,
+        )  # fmt: skip
         settings = _settings(
             config,
             examples_of(config, shared.data.cells),
@@ -226,22 +228,6 @@ def examples_of(config: Config, cells: Cells) -> Examples:
         groups=cells.groups,
         split=split_of(config, cells),
     )
-
-
-def check_shots(config: Config, examples: Examples) -> None:
-    """See that every class has as many training examples as the largest number of shots.
-
-    Raises:
-        InputError: the classes that have not.
-    """
-    counts = np.bincount(examples.labels[examples.split.train], minlength=len(examples.classes))
-    most = max(config.shots, default=0)
-    problems = [
-        f"class {name!r} has {count} training examples, {most} shots are asked for"
-        for name, count in zip(examples.classes, counts.tolist(), strict=True)
-        if count < most
-    ]
-    raise_problems("the training part is too small; ask for fewer --shots:", problems)
 
 
 def _settings(config: Config, examples: Examples, features: dict[str, str]) -> EvaluationSettings:
@@ -300,7 +286,11 @@ def _finish(
     )
     table = [_row(result) for result in probes]
     curves = _curves(results)
-    _write_predictions(folder, examples, answers)
+    frames = [
+        predictions_frame(examples, examples.split.test, value, encoder=encoder, probe=probe)
+        for (encoder, probe), value in answers.items()
+    ]
+    atomic_write_text(folder.path / "predictions.csv", pd.concat(frames).to_csv(index=False))
     pd.DataFrame(table).to_csv(folder.path / "table.csv", index=False)
     everything = {
         "metric": config.metric, "table": table, "probes": probes, "few_shot": curves,
@@ -359,29 +349,6 @@ def _curves(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _write_predictions(
-    folder: RunFolder, examples: Examples, answers: dict[tuple[str, str], np.ndarray]
-) -> None:
-    """Every probe's answer for every test example, one below the other."""
-    test = examples.split.test
-    frames = []
-    for (encoder, probe), probabilities in answers.items():
-        frame = pd.DataFrame(
-            {
-                "encoder": encoder,
-                "probe": probe,
-                "image": [examples.names[i] for i in test],
-                "group": examples.groups[test],
-                "label": [examples.classes[i] for i in examples.labels[test]],
-                "predicted": [examples.classes[i] for i in probabilities.argmax(1)],
-            }
-        )
-        for index, name in enumerate(examples.classes):
-            frame[f"p_{name}"] = probabilities[:, index].round(6)
-        frames.append(frame)
-    atomic_write_text(folder.path / "predictions.csv", pd.concat(frames).to_csv(index=False))
 
 
 def _show(summary: dict[str, Any]) -> None:

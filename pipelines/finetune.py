@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import time
@@ -10,21 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import ray
 
 from cytoray.config import to_plain
-from cytoray.distributed.cluster import Need, check_fits, connect
-from cytoray.distributed.finetune import (
+from cytoray.distributed.cells import (
     CellSettings,
-    EncoderFacts,
     encoder_facts,
-    features_of_cells,
-    read_answers,
-    run_cell_trial,
-    trial_pieces,
+    gpus_of_task,
+    prepare_images,
 )
+from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.finetune import read_answers, run_cell_trial, trial_pieces
 from cytoray.distributed.pieces import Piece, run_pieces
 from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation import Split
@@ -35,22 +30,22 @@ from cytoray.finetune import (
     Columns,
     TrainConfig,
     best_trial,
-    draw_examples,
     export_encoder,
+    grid_trials,
     load_classifier,
     parse_adapter,
+    predictions_frame,
     read_cells,
     result_table,
     split_cells,
 )
-from cytoray.finetune.data import prepare_cells, split_counts
+from cytoray.finetune.data import check_shots, split_counts
 from cytoray.io import atomic_write_text
 from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
 from cytoray.report.evaluation_page import finetune_sections
 from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import quarantine_row, write_quarantine
 from cytoray.tracking import Tracker
 
 MAY_CHANGE_HERE = MAY_CHANGE | {
@@ -147,9 +142,9 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Run the trials, choose by validation, report on the test part, export the best encoder."""
     began = time.perf_counter()
-    trials = grid_trials(config)
+    trials = trials_of(config)
     cells = read_cells(config.cells, config.columns)
-    check_examples(trials, cells, split_of(config, cells))
+    check_shots(cells, split_of(config, cells), max(config.shots, default=0))
     if config.dry_run:
         return _plan(config, trials, cells)
     encoders = {name: encoder_facts(name, config.pretrained) for name in config.encoders}
@@ -168,8 +163,14 @@ def run(config: Config) -> dict[str, Any]:
         tags={"cytoray.job": "finetune"}, key=folder.run_id,
     )  # fmt: skip
     with Progress(f"finetune {len(trials)} trials on {len(cells):,} images") as progress:
-        settings, num_bad = prepare(config, folder, cells, encoders, gpus, tracker, progress)
-        check_examples(trials, settings.data.cells, settings.split)
+        settings, num_bad = prepare_images(
+            cells, encoders, folder.path, stage="finetune", progress=progress, gpus=gpus,
+            split=lambda readable: split_of(config, readable), fit=config.fit,
+            pretrained=config.pretrained, tracking_uri=tracker.uri,
+            features=any(not trial.adapter.needs_pixels for trial in trials),
+            extra={"cells": str(config.cells)},
+        )  # fmt: skip
+        check_shots(settings.data.cells, settings.split, max(config.shots, default=0))
         results, failed = _run_trials(
             config, folder, trials, settings, gpus, tracker, run_id, progress
         )
@@ -191,26 +192,16 @@ def run(config: Config) -> dict[str, Any]:
     return summary | {"exit_code": 3 if config.strict and num_bad else 0}
 
 
-def grid_trials(config: Config) -> list[CellTrial]:
-    """Every combination once, the cheap ones first."""
-    adapters = [
-        parse_adapter(name, alpha=config.alpha, dropout=config.dropout) for name in config.adapters
-    ]
-    amounts = [(shots, 1.0) for shots in config.shots] + [(0, share) for share in config.shares]
-    grid = itertools.product(adapters, amounts, config.encoders, config.lrs, config.seeds)
-    trials = [
-        CellTrial(
-            encoder=encoder, adapter=adapter, shots=shots, share=share, lr=lr, seed=seed,
-            train=config.train,
-        )
-        for adapter, (shots, share), encoder, lr, seed in grid
-    ]  # fmt: skip
-    return list({to_key(trial): trial for trial in trials}.values())
-
-
-def to_key(trial: CellTrial) -> str:
-    """What makes two trials the same."""
-    return json.dumps(to_plain(trial), sort_keys=True)
+def trials_of(config: Config) -> list[CellTrial]:
+    """The whole grid."""
+    return grid_trials(
+        config.encoders,
+        [parse_adapter(n, alpha=config.alpha, dropout=config.dropout) for n in config.adapters],
+        [(shots, 1.0) for shots in config.shots] + [(0, share) for share in config.shares],
+        config.lrs,
+        config.seeds,
+        config.train,
+    )
 
 
 def split_of(config: Any, cells: Cells) -> Split:
@@ -221,87 +212,6 @@ def split_of(config: Any, cells: Cells) -> Split:
         test_fraction=config.test_fraction,
         seed=config.split_seed,
     )
-
-
-def check_examples(trials: list[CellTrial], cells: Cells, split: Split) -> None:
-    """See that the training part has the examples that the trials ask for.
-
-    Raises:
-        InputError: a class with fewer images than shots; all of them.
-    """
-    counts = np.bincount(cells.labels[split.train], minlength=len(cells.classes))
-    most = max((trial.shots for trial in trials), default=0)
-    problems = [
-        f"class {name!r} has {count} training images, {most} shots are asked for"
-        for name, count in zip(cells.classes, counts.tolist(), strict=True)
-        if count < most
-    ]
-    raise_problems("the training part is too small; ask for fewer --shots:", problems)
-    draw_examples(trials[0], cells.labels, cells.groups, split.train)
-
-
-def gpus_of_task(asked: float | None) -> float:
-    """GPUs of a task: as asked, else one where the cluster has any."""
-    if asked is not None:
-        return asked
-    return 1.0 if ray.cluster_resources().get("GPU", 0) > 0 else 0.0
-
-
-def prepare(
-    config: Any,
-    folder: RunFolder,
-    cells: Cells,
-    encoders: dict[str, EncoderFacts],
-    gpus: float,
-    tracker: Tracker | None,
-    progress: Progress,
-    *,
-    features: bool | None = None,
-) -> tuple[CellSettings, int]:
-    """Decode the images, split them, and compute frozen features where they are needed.
-
-    Args:
-        config: of this job, or of `evaluate`.
-        folder: of the run; pixels and features are cached in it.
-        cells: all images.
-        encoders: by name.
-        gpus: of a task.
-        tracker: where trials log to.
-        progress: shown while it runs.
-        features: compute them; default: when an adapter needs them.
-
-    Returns:
-        what the trials share, and how many images could not be read.
-    """
-    sides = [facts.img_px for facts in encoders.values()]
-    data, bad = prepare_cells(
-        cells, sides, folder.path / "pixels", fit=config.fit,
-        on_progress=lambda done, total: progress.update("decode", done, total, "images"),
-    )  # fmt: skip
-    rows = [
-        quarantine_row(cells.names[row], cells.paths[row], folder.kind, code, message)
-        for row, code, message in bad
-    ]
-    write_quarantine(rows, folder.path / "quarantine.parquet")
-    settings = CellSettings(
-        data=data,
-        split=split_of(config, data.cells),
-        encoders=encoders,
-        pretrained=config.pretrained,
-        tracking_uri=tracker.uri if tracker else "",
-        use_gpu=gpus > 0,
-        fit=config.fit,
-        extra={"cells": str(config.cells)},
-    )
-    if features is None:
-        features = any(not parse_adapter(name).needs_pixels for name in config.adapters)
-    if features:
-        known = features_of_cells(
-            settings, folder.path / "features", cpus=1.0, gpus=gpus,
-            on_progress=lambda done, total: progress.update("features", done, total, "blocks"),
-        )  # fmt: skip
-        settings = replace(settings, encoders=known)
-    return settings, len(bad)
 
 
 def _run_trials(
@@ -377,7 +287,8 @@ def _finish(
     shutil.copytree(folder.path / "trials" / best["key"] / "adapter", adapter, dirs_exist_ok=True)
     export_encoder(folder.path / "best" / "encoder", load_classifier(adapter))
     answers = read_answers(folder.path, best["key"])
-    _write_predictions(folder, cells, split, answers)
+    frame = predictions_frame(cells, split.test, answers)
+    atomic_write_text(folder.path / "predictions.csv", frame.to_csv(index=False))
     version = tracker.register_model(
         run_id, config.model_name, adapter,
         tags={"val_accuracy": f"{best['val']['accuracy']:.4f}", "encoder": best["encoder"]},
@@ -413,31 +324,17 @@ def _finish(
     }
 
 
-def _write_predictions(folder: RunFolder, cells: Cells, split: Split, answers: np.ndarray) -> None:
-    """The best trial's answer for every test image."""
-    frame = pd.DataFrame(
-        {
-            "image": [cells.names[i] for i in split.test],
-            "group": cells.groups[split.test],
-            "label": [cells.classes[i] for i in cells.labels[split.test]],
-            "predicted": [cells.classes[i] for i in answers.argmax(1)],
-        }
-    )
-    for index, name in enumerate(cells.classes):
-        frame[f"p_{name}"] = answers[:, index].round(6)
-    atomic_write_text(folder.path / "predictions.csv", frame.to_csv(index=False))
-
-
 def _plan(config: Config, trials: list[CellTrial], cells: Cells) -> dict[str, Any]:
     """What a run would do."""
-    parts = split_counts(cells, split_of(config, cells))
+    split = split_of(config, cells)
+    parts, pool = split_counts(cells, split), len(split.train)
     plan = {
         "trials": len(trials),
         "encoders": ", ".join(config.encoders),
         "adapters": ", ".join(config.adapters),
         "images": len(cells),
         "groups": len(set(cells.groups.tolist())) if cells.grouped else "none given",
-        "steps": sum(t.train.num_steps(round(t.share * len(cells)), t.shots) for t in trials),
+        "steps": sum(t.train.num_steps(round(t.share * pool), t.shots) for t in trials),
     }
     for row in parts:
         plan[f"class {row['class']}"] = ", ".join(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cytoray.distributed.finetune import CellSettings
+from cytoray.distributed.cells import CellSettings
 from cytoray.distributed.pieces import Piece
 from cytoray.evaluation.baselines import load_features_model
 from cytoray.evaluation.protocol import (

@@ -2,9 +2,9 @@
 
 from cytoray.finetune.adapters import Adapter, adapt, parse_adapter
 from cytoray.finetune.cells import Cells, Columns, read_cells, split_cells
-from cytoray.finetune.config import CellTrial, TrainConfig
+from cytoray.finetune.config import CellTrial, TrainConfig, grid_trials
 from cytoray.finetune.pixels import FITS, CellPixels, cached_pixels, read_image
-from cytoray.finetune.results import best_trial, result_table
+from cytoray.finetune.results import best_trial, predictions_frame, result_table
 from cytoray.finetune.saved import (
     AdapterFacts,
     export_encoder,
@@ -30,8 +30,10 @@ __all__ = [
     "cached_pixels",
     "draw_examples",
     "export_encoder",
+    "grid_trials",
     "load_classifier",
     "parse_adapter",
+    "predictions_frame",
     "read_adapter",
     "read_cells",
     "read_image",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cytoray.config import to_plain
 from cytoray.errors import raise_problems
 from cytoray.finetune.adapters import Adapter
 from cytoray.finetune.augment import AUGMENTATIONS
@@ -100,3 +104,37 @@ class CellTrial:
     def amount(self) -> str:
         """How much it learns from: `16 shots`, `70 %`."""
         return f"{self.shots} shots" if self.shots else f"{100 * self.share:g} %"
+
+
+def grid_trials(
+    encoders: Sequence[str],
+    adapters: Sequence[Adapter],
+    amounts: Sequence[tuple[int, float]],
+    lrs: Sequence[float],
+    seeds: Sequence[int],
+    train: TrainConfig,
+) -> list[CellTrial]:
+    """Every combination once.
+
+    Args:
+        encoders: see `CellTrial`.
+        adapters: what is trained.
+        amounts: (shots, share) each; shots 0 means the share.
+        lrs: learning rates.
+        seeds: of each.
+        train: everything else.
+    """
+    grid = itertools.product(adapters, amounts, encoders, lrs, seeds)
+    trials = [
+        CellTrial(
+            encoder=encoder,
+            adapter=adapter,
+            shots=shots,
+            share=share,
+            lr=lr,
+            seed=seed,
+            train=train,
+        )
+        for adapter, (shots, share), encoder, lr, seed in grid
+    ]
+    return list({json.dumps(to_plain(trial), sort_keys=True): trial for trial in trials}.values())

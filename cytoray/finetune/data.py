@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cytoray.errors import raise_problems
 from cytoray.evaluation.splits import Split
 from cytoray.finetune.cells import Cells
 from cytoray.finetune.pixels import Bad, cached_pixels
@@ -108,3 +109,23 @@ def split_counts(cells: Any, split: Split) -> list[dict[str, Any]]:
             row[f"{part} groups"] = len(set(cells.groups[chosen].tolist()))
         rows.append(row)
     return rows
+
+
+def check_shots(cells: Any, split: Split, most: int) -> None:
+    """See that every class has as many training examples as the largest number of shots.
+
+    Args:
+        cells: has `labels` and `classes`.
+        split: the parts.
+        most: shots.
+
+    Raises:
+        InputError: names every class that has too few.
+    """
+    counts = np.bincount(cells.labels[split.train], minlength=len(cells.classes))
+    problems = [
+        f"class {name!r} has {count} training examples, {most} shots are asked for"
+        for name, count in zip(cells.classes, counts.tolist(), strict=True)
+        if count < most
+    ]
+    raise_problems("the training part is too small; ask for fewer --shots:", problems)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from cytoray.evaluation import CELL_METRICS, bootstrap_draws, mean_interval
 
@@ -113,3 +114,28 @@ def _summary(
         f"{metric}_seed_low": seed_low,
         f"{metric}_seed_high": seed_high,
     }
+
+
+def predictions_frame(
+    examples: Any, rows: np.ndarray, probabilities: np.ndarray, **columns: str
+) -> pd.DataFrame:
+    """A row for each example answered for: image, group, label, predicted, `p_<class>`.
+
+    Args:
+        examples: has `names`, `groups`, `labels` and `classes`.
+        rows: (M,) which of them.
+        probabilities: (M, C).
+        **columns: put in front, the same in every row.
+    """
+    frame = pd.DataFrame(
+        {
+            **{name: [value] * len(rows) for name, value in columns.items()},
+            "image": [examples.names[i] for i in rows],
+            "group": examples.groups[rows],
+            "label": [examples.classes[i] for i in examples.labels[rows]],
+            "predicted": [examples.classes[i] for i in probabilities.argmax(1)],
+        }
+    )
+    for index, name in enumerate(examples.classes):
+        frame[f"p_{name}"] = probabilities[:, index].round(6)
+    return frame

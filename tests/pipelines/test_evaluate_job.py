@@ -127,8 +127,8 @@ def bags(tmp_path_factory) -> tuple[Path, Path, Path]:
     return folder / "good", folder / "bad", folder / "labels.csv"
 
 
-def bag_config(config, bags, out: Path, **changes) -> evaluate.Config:
-    good, bad, labels = bags
+def bag_config(config, made, out: Path, **changes) -> evaluate.Config:
+    good, bad, labels = made
     values = {"cells": None, "encoders": (), "bags": (good, bad), "labels": labels, "out": out,
               "probes": ("linear", "knn"), "shots": (2,)}  # fmt: skip
     return replace(config, **(values | changes))
@@ -148,9 +148,9 @@ def test_bags_of_slides(config, bags, tmp_path) -> None:
 def test_bags_of_tiles(config, bags, tmp_path) -> None:
     rows = [f"s{i}:0.5:64:0_0:{k},{'ab'[i % 2]}" for i in range(24) for k in range(3)]
     (tmp_path / "tiles.csv").write_text("\n".join(["tile_id,label", *rows]) + "\n")
-    made = bag_config(config, bags, tmp_path / "run", labels=tmp_path / "tiles.csv",
+    changed = bag_config(config, bags, tmp_path / "run", labels=tmp_path / "tiles.csv",
                       bags=bags[:1], probes=("simple_shot",), shots=())  # fmt: skip
-    summary = evaluate.run(made)
+    summary = evaluate.run(changed)
     assert (summary["num_examples"], summary["num_groups"]) == (72, 24)
     assert summary["table"][0]["accuracy"] > 0.9
     assert summary["comparisons"] == []

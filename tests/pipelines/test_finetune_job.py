@@ -119,7 +119,7 @@ def test_the_best_is_chosen_by_validation_and_its_encoder_is_plain_timm(config, 
     model.load_state_dict(load_file(config.out / "best" / "encoder" / "model.safetensors"))
     classifier = load_classifier(tuned["adapter"])
     frame = pd.read_csv(config.out / "predictions.csv")
-    image = torch.from_numpy(read_image(frame["image"][0], 32))[None]
+    image = torch.from_numpy(read_image(frame["image"][0], 32).copy())[None]
     assert classifier.encoder is not None
     with torch.no_grad():
         features = model(classifier.encoder.prepare(image))
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_where_it_was(
                "--lrs", "1e-2", "--train.steps-per-shot", "4", "--train.evaluations", "2",
                "--gpus-per-trial", "0", "--model-name", "tests-killed",
                "--tracking-uri", tracking_uri, "--resume"]  # fmt: skip
-    process = start_cytoray(*command, cpus=2)
+    process = start_cytoray(*command)
     process.wait_for(lambda: len(trial_results(out)) >= 3)
     process.kill()
     before = {key: r["run_id"] for key, r in trial_results(out).items()}
@@ -231,7 +231,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(config, tmp_path, ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": (2, 40)}, r"class 'big' has \d+ training images, 40 shots are asked for"),
+        ({"shots": (2, 40)}, r"class 'big' has \d+ training examples, 40 shots are asked for"),
         ({"encoders": ("vit_tinny_patch16_224",)}, r"did you mean vit_tiny_patch16_224"),
         ({"cpus_per_trial": 9.0}, r"CPU: 9 needed at once, the cluster has 4"),
         ({"cells": Path("/nowhere")}, r"no folder or CSV of labelled images at /nowhere"),
@@ -274,4 +274,4 @@ def test_the_named_runs_are_the_papers_protocol() -> None:
     assert finetune.parse_adapter(first.adapters[1]).name == "lora-q.v-r2"
     assert finetune.parse_adapter(second.adapters[0]).name == "lora-q.k.v.o-r16"
     assert (min(second.shares), max(second.shares)) == (0.05, 1.0)
-    assert len(finetune.grid_trials(first)) == 1050
+    assert len(finetune.trials_of(first)) == 1050
