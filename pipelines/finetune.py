@@ -23,6 +23,7 @@ from cytoray.distributed.finetune import read_answers, run_cell_trial, trial_pie
 from cytoray.distributed.pieces import Piece, run_pieces
 from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation import Split
+from cytoray.evaluation.baselines import BASELINES
 from cytoray.finetune import (
     FITS,
     Cells,
@@ -126,6 +127,11 @@ class Config:
         problems += [f"--lrs {lr:g} must be above 0" for lr in self.lrs if lr <= 0]
         if self.fit not in FITS:
             problems.append(f"--fit {self.fit!r} is none of {', '.join(FITS)}")
+        problems += [
+            f"--encoders {name} has nothing to adapt; it is for `cytoray evaluate`"
+            for name in self.encoders
+            if name in BASELINES
+        ]
         fractions = (self.val_fraction, self.test_fraction)
         if min(fractions) <= 0 or sum(fractions) >= 1:
             problems.append("--val-fraction and --test-fraction must be above 0 and sum below 1")

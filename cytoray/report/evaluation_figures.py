@@ -133,7 +133,7 @@ def picture_grid(
     if not len(images):
         return message_figure("none")
     rows = math.ceil(len(images) / columns)
-    figure = new_figure(min(len(images), columns) * 1.75, rows * 2.0)
+    figure = new_figure(min(len(images), columns) * 1.75, rows * 2.15)
     for place, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes = figure.add_subplot(rows, min(len(images), columns), place + 1)
         show_image(axes, np.asarray(image))

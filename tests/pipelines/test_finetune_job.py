@@ -257,10 +257,13 @@ def test_a_leak_in_the_given_split_is_refused(config, tmp_path) -> None:
 
 def test_settings_that_cannot_be_are_listed_together(config) -> None:
     with pytest.raises(InputError) as error:
-        replace(config, adapters=("lora:x:2",), shares=(2.0,), lrs=(), fit="zoom")
+        replace(
+            config, adapters=("lora:x:2",), shares=(2.0,), lrs=(), fit="zoom",
+            encoders=("colour-histogram",),
+        )  # fmt: skip
     text = str(error.value)
     for said in ("targets x: valid are q, k, v, o, mlp", "--shares 2", "--lrs needs a value",
-                 "'zoom' is none of"):  # fmt: skip
+                 "'zoom' is none of", "colour-histogram has nothing to adapt"):  # fmt: skip
         assert said in text
 
 

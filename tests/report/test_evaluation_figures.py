@@ -14,7 +14,7 @@ from cytoray.report.evaluation_figures import (
     interval_figure,
     picture_grid,
 )
-from cytoray.report.evaluation_page import interval_text, worst_mistakes
+from cytoray.report.evaluation_page import interval_text, seed_text, worst_mistakes
 
 
 def ink(png: bytes) -> float:
@@ -63,8 +63,17 @@ def test_mistakes_are_the_surest_wrong_answers() -> None:
         "probabilities": np.array([[0.4, 0.6], [0.9, 0.1], [1.0, 0.0], [0.3, 0.7]]),
     }
     found = worst_mistakes(answers, ["no", "yes"])
-    assert found == [(1, "yes\ncalled no 0.90"), (0, "no\ncalled yes 0.60")]
+    assert found == [
+        (1, "yes\ncalled no\nprobability 0.90"),
+        (0, "no\ncalled yes\nprobability 0.60"),
+    ]
     assert worst_mistakes(answers, ["no", "yes"], count=1) == found[:1]
+
+
+def test_seed_text() -> None:
+    row = {"accuracy": 0.8, "accuracy_seed_high": 0.85}
+    assert seed_text(row) == "0.800 \N{PLUS-MINUS SIGN} 0.050"
+    assert seed_text(row | {"accuracy_seed_high": None}) == "0.800"
 
 
 @pytest.mark.parametrize(
