@@ -44,7 +44,7 @@ from cytoray.finetune.data import check_shots, split_counts
 from cytoray.io import atomic_write_text
 from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
-from cytoray.report.evaluation_page import finetune_sections
+from cytoray.report.finetune_page import finetune_sections
 from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.tracking import Tracker

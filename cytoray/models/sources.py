@@ -12,28 +12,22 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.models import load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
-from torch import Tensor, nn
+from torch import nn
 
 from cytoray.errors import InputError
 from cytoray.models.backbones import close_names
 from cytoray.models.encoder import SPEC_FILE, Encoder, EncoderSpec
+from cytoray.models.weight_files import first_line, hub_connection, read_weights
 
 RANDOM, OPEN_CLIP, LOCAL_DIR = "random:", "open_clip:", "local-dir:"
 HUB = ("hf-hub:", "hf_hub:")
@@ -210,39 +204,6 @@ def _from_file(architecture: str, path: str, kwargs: Mapping[str, Any]) -> Encod
     return Encoder(model, spec_of_timm(model, architecture, kwargs, {"file": path}))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a `.safetensors` file, or of a PyTorch file without any code in it.
-
-    A wrapping `state_dict`, `model` or `teacher` entry and a common prefix (`module.`,
-    `backbone.`) are taken off.
-
-    Raises:
-        InputError: no such file, or one that does not hold plain tensors.
-    """
-    if not path.is_file():
-        raise InputError(f"no file of weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        held: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as weights: {first_line(error)}") from error
-    except Exception as error:  # the unpickler's own refusal
-        raise InputError(
-            f"{path} holds more than tensors and is not read; save it as .safetensors "
-            f"({first_line(error)})"
-        ) from error
-    for name in ("state_dict", "model", "teacher"):
-        if isinstance(held, dict) and isinstance(held.get(name), dict):
-            held = held[name]
-    if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
-        raise InputError(f"{path} does not hold tensors by name")
-    for prefix in ("module.", "backbone."):
-        if held and all(key.startswith(prefix) for key in held):
-            held = {key.removeprefix(prefix): value for key, value in held.items()}
-    return held
-
-
 def weights_error(name: str, error: Exception) -> InputError:
     """What to tell a user whose encoder could not be had: gated, offline, or refused by timm."""
     known = next((k for k in KNOWN.values() if name in (k.source, _hub_id(k.source))), None)
@@ -267,39 +228,6 @@ def weights_error(name: str, error: Exception) -> InputError:
     return InputError(f"encoder {name!r} cannot be loaded: {first_line(error)}", hints)
 
 
-@contextmanager
-def hub_connection() -> Iterator[None]:
-    """Within, a hub that does not answer is given up at once and only its cache is used.
-
-    Its own client tries each file for half a minute before it says so.
-    """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@lru_cache(maxsize=4)
-def _answers(endpoint: str) -> bool:
-    """Whether a host lets itself be connected to; through a proxy only the client can tell."""
-    if any(
-        name.lower() in ("https_proxy", "all_proxy") and os.environ[name] for name in os.environ
-    ):
-        return True
-    parts = urlsplit(endpoint)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-_PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 _NO_CONNECTION = frozenset({"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"})
 
 
@@ -316,9 +244,3 @@ def _causes(error: BaseException) -> list[BaseException]:
         found.append(cause)
         cause = cause.__cause__ or cause.__context__
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first lines of a message as one, shortened."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[:2] or [type(error).__name__])[:300]

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from cytoray.errors import InputError
 from cytoray.models import load_encoder, save_encoder
-from cytoray.models.sources import KNOWN, hub_connection, read_weights, weights_error
+from cytoray.models.sources import KNOWN, weights_error
+from cytoray.models.weight_files import hub_connection, read_weights
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 

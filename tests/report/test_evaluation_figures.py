@@ -14,7 +14,8 @@ from cytoray.report.evaluation_figures import (
     interval_figure,
     picture_grid,
 )
-from cytoray.report.evaluation_page import interval_text, seed_text, worst_mistakes
+from cytoray.report.evaluation_page import interval_text
+from cytoray.report.finetune_page import seed_text, worst_mistakes
 
 
 def ink(png: bytes) -> float:
