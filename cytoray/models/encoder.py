@@ -280,12 +280,14 @@ def load_encoder(
     folder = Path(source)
     if (folder / "encoder" / SPEC_FILE).is_file():
         folder = folder / "encoder"
-    if folder.is_dir():
+    timm_folder = (folder / "config.json").is_file() and not (folder / SPEC_FILE).is_file()
+    if folder.is_dir() and not timm_folder:
         encoder = _from_folder(folder)
     else:
         from cytoray.models.sources import load_named
 
-        encoder = load_named(str(source), pretrained=pretrained, seed=seed, kwargs=kwargs or {})
+        name = f"local-dir:{folder}" if timm_folder else str(source)
+        encoder = load_named(name, pretrained=pretrained, seed=seed, kwargs=kwargs or {})
     return encoder.to(device).eval()
 
 

@@ -95,6 +95,7 @@ def test_a_local_folder_of_timm_is_exported_under_its_architecture(vit, tmp_path
             vit.forward_features(encoder.prepare(pixels())), pre_logits=True
         )
         torch.testing.assert_close(encoder(pixels()), expected)
+    assert load_encoder(folder).encoder_id == encoder.encoder_id
     saved = save_encoder(tmp_path / "ours", encoder.model.state_dict(), encoder.spec)
     torch.testing.assert_close(load_encoder(saved)(pixels()), encoder(pixels()))
     with pytest.raises(InputError, match="cannot be loaded: Config file not found"):
