@@ -198,8 +198,8 @@ def test_a_killed_run_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "run"
     command = ["finetune", "--cells", config.cells, "--out", out, "--encoders", *config.encoders,
-               "--adapters", "lora", "--shots", "2", "4", "--seeds", *map(str, range(6)),
-               "--lrs", "1e-2", "--train.steps-per-shot", "4", "--train.evaluations", "2",
+               "--adapters", "linear", "--shots", "2", "4", "--seeds", *map(str, range(6)),
+               "--lrs", "1e-2", "--train.steps-per-shot", "200", "--train.evaluations", "2",
                "--gpus-per-trial", "0", "--model-name", "tests-killed",
                "--tracking-uri", tracking_uri, "--resume"]  # fmt: skip
     process = start_cytoray(*command)
