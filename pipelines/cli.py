@@ -17,6 +17,8 @@ JOBS = {
     "pretrain": "self-supervised pretraining on streamed, nuclei-centred views",
     "embed": "encoder -> a bag of features for every slide",
     "tune": "grid over MIL aggregators and LoRA ranks, tracked in MLflow",
+    "finetune": "adapt encoders to labelled cell images: linear, LoRA, full; few-shot curves",
+    "evaluate": "probes, few-shot curves and paired comparison of frozen encoders",
     "quickstart": "all of the above on generated slides, with a report",
     "submit": "run any of these jobs on a Ray cluster: cytoray submit <job> --flags",
     "doctor": "what this machine and the cluster have",

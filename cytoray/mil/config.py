@@ -35,7 +35,7 @@ class MILConfig:
         class_weighting: weigh classes by their inverse frequency in the training bags.
         seed: of initialisation, order, sampling and dropout.
         lora_rank: rank of the encoder's adaptation; 0 leaves the encoder as it is.
-        lora_targets: any of q, k, v, o.
+        lora_targets: any of q, k, v, o, mlp.
         lora_alpha: scale of the update, alpha / sqrt(rank).
         lora_dropout: on the input of A.
         lora_lr: of A and B.
