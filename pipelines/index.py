@@ -154,7 +154,7 @@ def run(config: Config) -> dict[str, Any]:
         folder.path,
         (row for batch in slides.to_batches(4096) for row in batch.to_pylist()),
         quarantine.to_pylist(),
-        subtitle=redact(config.manifest),
+        subtitle=redact(str(config.manifest)),
         labels=manifest.label_columns,
     )
     usable = pc.sum(pc.equal(slides["status"], "ok")).as_py() or 0

@@ -135,7 +135,7 @@ def test_an_index_holds_nothing_of_the_patient(ray_cluster, planted, tmp_path, c
     assert len(written) > 50
     assert [(path.name, leaks_in(text)) for path, text in written if leaks_in(text)] == []
     pictures = list(pictures_under(out))
-    assert len(pictures) == 3 * list(status.values()).count("ok")
+    assert len(pictures) == 4 * list(status.values()).count("ok")
     assert [path.name for path, pixels in pictures if shows_photograph(pixels)] == []
     pages = [(path, text) for path, text in written if path.suffix in (".html", ".js", ".jpg")]
     own = (PSEUDONYM, str(planted / "good.svs"), str(planted / "cut.svs"), str(planted / "index"))
