@@ -108,7 +108,7 @@ def on_cluster(
     runs = [ChildRun(key=s.key, name=s.key, folder=Path(s.folder)) for s in specs]
     with ChildRuns(tracker, parent, runs) as children, Progress("grid") as progress:
         results, failed = run_search(
-            specs, settings, progress=progress,
+            specs, settings, folder, progress=progress,
             on_result=lambda result: children.finish(result["key"], "FINISHED"),
         )  # fmt: skip
     behind = children.settle()

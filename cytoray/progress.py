@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from cytoray.stage_view import stage_line, stage_table
+from cytoray.stages import Bottleneck, StageLoad, find_bottleneck
 
 RATE_WINDOW_S = 30.0
 LINE_INTERVAL_S = 10.0
@@ -84,7 +87,10 @@ class Progress:
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
         self._printed_s: dict[str, float] = {}
-        self._bottleneck: tuple[str, str] | None = None
+        self._bottleneck: Bottleneck | None = None
+        self._loads: Sequence[StageLoad] = ()
+        self._loads_unit, self._loads_note = "", ""
+        self._loads_printed_s: float | None = None
         self._note = ""
         self._started_s = clock()
         self._live: Live | None = None
@@ -133,13 +139,47 @@ class Progress:
                 self._printed_s[stage] = row.samples[-1][0]
                 self._line(self._describe(stage, row))
 
-    def bottleneck(self, stage: str, why: str = "") -> None:
-        """Mark the stage the others wait for; `why` is a few words, e.g. `GPU idle 41 %`."""
+    def bottleneck(self, stage: str, why: str = "", advice: str = "") -> None:
+        """Mark the stage the others wait for.
+
+        Args:
+            stage: its name.
+            why: a few words, e.g. `busy 97 %, train waits 41 %`.
+            advice: what to do about it.
+        """
         with self._lock:
-            changed = self._bottleneck is None or self._bottleneck[0] != stage
-            self._bottleneck = (stage, why)
+            changed = self._bottleneck is None or self._bottleneck.name != stage
+            self._bottleneck = Bottleneck(stage, why, advice)
             if changed and not self._live:
-                self._line(f"bottleneck: {stage}" + (f" ({why})" if why else ""))
+                self._line(self._bottleneck_text())
+
+    def loads(self, loads: Sequence[StageLoad], unit: str, note: str = "") -> None:
+        """Show how busy the stages of a stream are, and which one holds it up.
+
+        Args:
+            loads: stages in the order of the stream; nothing is shown while there are none.
+            unit: what they count, e.g. `tiles`.
+            note: a few words below, e.g. of memory.
+        """
+        with self._lock:
+            self._loads, self._loads_unit, self._loads_note = loads, unit, note
+            if not loads:
+                return
+            now_s = self._clock()
+            last_s = self._loads_printed_s
+            if not self._live and (last_s is None or now_s - last_s >= self._line_interval_s):
+                self._loads_printed_s = now_s
+                self._line(" | ".join(filter(None, [stage_line(loads, unit), note])))
+            found = find_bottleneck(loads)
+            if found is not None:
+                self.bottleneck(*found)
+
+    def _bottleneck_text(self) -> str:
+        """E.g. `bottleneck: detect (busy 91%, train waits 40%); add CPU nodes`."""
+        assert self._bottleneck is not None
+        name, why, advice = self._bottleneck
+        text = f"bottleneck: {name}" + (f" ({why})" if why else "")
+        return text + (f"; {advice}" if advice else "")
 
     def note(self, text: str) -> None:
         """Say something once: below the table on a terminal, else as a line."""
@@ -172,7 +212,7 @@ class Progress:
             parts.append(f"{duration(eta_s)} left")
         if stage.detail:
             parts.append(stage.detail)
-        if self._bottleneck and self._bottleneck[0] == name:
+        if self._is_bottleneck(name):
             parts.append("bottleneck")
         return ", ".join(parts)
 
@@ -182,8 +222,16 @@ class Progress:
             yield Text.assemble((self.title, "bold"), f"  {elapsed}")
             if self._stages:
                 yield self._table()
-            if self._note:
-                yield Text(self._note, style="dim")
+            if self._loads:
+                yield Text()
+                yield stage_table(self._loads, self._bottleneck, self._loads_unit)
+            if self._bottleneck:
+                yield Text(self._bottleneck_text(), style="bold yellow")
+            for text in filter(None, [self._loads_note, self._note]):
+                yield Text(text, style="dim")
+
+    def _is_bottleneck(self, name: str) -> bool:
+        return self._bottleneck is not None and self._bottleneck.name == name
 
     def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -195,8 +243,7 @@ class Progress:
                 left = f"done in {duration(stage.finished_s - stage.started_s)}"
             else:
                 left = f"{duration(eta_s)} left" if eta_s is not None else ""
-            marked = self._bottleneck if self._bottleneck and self._bottleneck[0] == name else None
-            mark = " ".join(("bottleneck", marked[1])).rstrip() if marked else ""
+            mark = "bottleneck" if self._is_bottleneck(name) and not self._loads else ""
             table.add_row(
                 Text(name, style="cyan"),
                 ProgressBar(total=stage.total, completed=stage.done, width=24, pulse=False),

@@ -13,9 +13,12 @@ from typing import Any
 JOBS = {
     "synth": "make cytology-like slides to try everything on",
     "index": "manifest -> checked slides, foreground, nuclei, quarantine and a QC page",
+    "plan": "what a job would take and cost on a cluster, from a few slides really read",
     "pretrain": "self-supervised pretraining on streamed, nuclei-centred views",
     "embed": "encoder -> a bag of features for every slide",
     "tune": "grid over MIL aggregators and LoRA ranks, tracked in MLflow",
+    "finetune": "adapt encoders to labelled cell images: linear, LoRA, full; few-shot curves",
+    "evaluate": "probes, few-shot curves and paired comparison of frozen encoders",
     "quickstart": "all of the above on generated slides, with a report",
     "submit": "run any of these jobs on a Ray cluster: cytoray submit <job> --flags",
     "doctor": "what this machine and the cluster have",
@@ -28,7 +31,7 @@ def usage() -> str:
     return (
         "usage: cytoray <job> [named-run] [--flags]\n\njobs:\n"
         f"{jobs}\n\n`cytoray <job> --help` lists a job's flags. Every job takes --config FILE "
-        "(a run's config.yaml) and --address of a running Ray cluster."
+        "(a run's config.yaml), and all that need one --address of a running Ray cluster."
     )
 
 

@@ -15,8 +15,8 @@ from cytoray.distributed.embed import EncoderChoice, embed_slides
 from cytoray.errors import InputError
 from cytoray.progress import Progress, summary_table
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import grid_of_row, merge_quarantine, read_slide_table
-from cytoray.streaming.plan import ReadPlan, make_plan
+from cytoray.slides import merge_quarantine
+from cytoray.streaming.plan import ReadPlan, plan_of_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +101,7 @@ def index_plan(index: Path) -> ReadPlan:
     Raises:
         InputError: no index there, or no usable tile.
     """
-    slides = read_slide_table(index / "slides.parquet")
-    usable = [row for row in slides.slice(0, slides.num_rows).to_pylist() if row["status"] == "ok"]
-    grid = grid_of_row(usable[0]).grid if usable else None
-    return make_plan(slides, tile_px=grid.tile_px if grid else 0, mpp=grid.mpp if grid else 0.0)
+    return plan_of_index(index)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cytoray.attempts import PARTIAL, Patience
+import pyarrow.compute
+
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import connect
 from cytoray.distributed.index import index_slides, merge_parts
 from cytoray.errors import InputError, raise_problems
-from cytoray.indexing import IndexSettings
+from cytoray.indexing import PARTIAL, IndexSettings, Patience
 from cytoray.nuclei import DETECTORS
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder
-from cytoray.slides import Grid, read_manifest
+from cytoray.slides import Grid, magnification_to_mpp, read_manifest
+from cytoray.slides.remote import check_urls, redact
+
+_MPP = 0.5
+
+# Arrow makes its compute functions at import, where a type checker cannot see them.
+pc: Any = pyarrow.compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +34,20 @@ class Config:
     """Check every slide, find its cells and nuclei, and write the tables later jobs plan from.
 
     Attributes:
-        manifest: CSV or Parquet with slide_id, path and, if you have them, patient_id, site, mpp,
-            split and label columns.
+        manifest: CSV or Parquet, a path or a URL, with slide_id, path and, if you have them,
+            patient_id, site, mpp, split and label columns.
         out: folder of the index.
         tile_px: tile side in pixels at `mpp`.
-        mpp: um/px of the tiles.
+        mpp: um/px of the tiles; default: 0.5.
         magnification: instead of mpp: 20 is 0.5 um/px, 40 is 0.25.
         detector: nuclei detector; `none` leaves detection to pretraining.
+        nuclei_dir: with the detector `precomputed`: folder of <slide_id>.csv, .geojson or .parquet.
+        nuclei_frame: what x and y of those files are, unless they say: `level0` pixels or `um`.
         keep_share: a tile is kept when at least this share of it is foreground.
         trust_manifest_mpp: let the manifest's mpp overrule a file that contradicts it.
+        estimate_mpp: check every slide's um/px by the size of its nuclei, and take that where
+            nobody states one; rough: it finds errors by ten.
+        min_focus: tiles less sharp than this (0..1; 0.36 is a blur of about 2.5 um) are left out.
         timeout_s: seconds that opening a slide, or reading one of its chunks, may take before its
             reader is ended and started again; 0: any time.
         max_tries: a slide whose reader died or was ended this often at one place is quarantined.
@@ -45,14 +57,18 @@ class Config:
         address: a running Ray cluster, `auto` or HOST:PORT; default: start one here.
     """
 
-    manifest: Path
+    manifest: str
     out: Path
     tile_px: int = 224
-    mpp: float = 0.5
+    mpp: float | None = None
     magnification: float | None = None
     detector: str = "classical"
+    nuclei_dir: Path | None = None
+    nuclei_frame: str = "level0"
     keep_share: float = 0.02
     trust_manifest_mpp: bool = False
+    estimate_mpp: bool = False
+    min_focus: float = 0.0
     timeout_s: float = 600.0
     max_tries: int = 2
     max_actors: int = 0
@@ -68,6 +84,21 @@ class Config:
             )
         if self.magnification is not None and self.magnification <= 0:
             problems.append(f"--magnification must be above 0, not {self.magnification:g}")
+        elif self.magnification is not None and self.mpp is not None:
+            meant = magnification_to_mpp(self.magnification)
+            if abs(self.mpp / meant - 1) > 1e-6:
+                problems.append(
+                    f"--magnification {self.magnification:g} is {meant:g} um/px, --mpp says "
+                    f"{self.mpp:g}; give one of them"
+                )
+        if (self.detector == "precomputed") != (self.nuclei_dir is not None):
+            problems.append(
+                "--nuclei-dir and --detector precomputed belong together: give both or neither"
+            )
+        if self.nuclei_frame not in ("level0", "um"):
+            problems.append(f"--nuclei-frame must be level0 or um, not {self.nuclei_frame!r}")
+        if not 0 <= self.min_focus < 1:
+            problems.append(f"--min-focus must be from 0 to below 1, not {self.min_focus:g}")
         if not 0 <= self.keep_share <= 1:
             problems.append(f"--keep-share must be from 0 to 1, not {self.keep_share:g}")
         if self.timeout_s < 0:
@@ -79,9 +110,17 @@ class Config:
         raise_problems("this index cannot be made:", problems)
 
     @property
+    def detector_options(self) -> dict[str, Any]:
+        """What the detector is built with."""
+        if self.nuclei_dir is None:
+            return {}
+        return {"folder": str(self.nuclei_dir.resolve()), "frame": self.nuclei_frame}
+
+    @property
     def grid(self) -> Grid:
-        mpp = self.mpp if self.magnification is None else 10.0 / self.magnification
-        return Grid(tile_px=self.tile_px, mpp=mpp)
+        if self.magnification is not None:
+            return Grid(tile_px=self.tile_px, mpp=magnification_to_mpp(self.magnification))
+        return Grid(tile_px=self.tile_px, mpp=_MPP if self.mpp is None else self.mpp)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -90,6 +129,9 @@ def run(config: Config) -> dict[str, Any]:
     settings = IndexSettings(
         grid=config.grid,
         detector=config.detector,
+        detector_kwargs=config.detector_options,
+        estimate_mpp=config.estimate_mpp,
+        min_focus=config.min_focus,
         keep_share=config.keep_share,
         trust_manifest_mpp=config.trust_manifest_mpp,
         patience=Patience(
@@ -99,6 +141,7 @@ def run(config: Config) -> dict[str, Any]:
         ),
     )
     manifest = read_manifest(config.manifest)
+    check_urls(row["path"] for row in manifest.iter_rows())
     connect(config.address)
     folder = RunFolder.open(config.out, "index", to_plain(config), config.resume)
     with Progress(f"index of {len(manifest):,} slides") as progress:
@@ -109,17 +152,18 @@ def run(config: Config) -> dict[str, Any]:
     shutil.rmtree(folder.path / PARTIAL, ignore_errors=True)
     page = write_qc(
         folder.path,
-        (_qc_row(row) for batch in slides.to_batches(4096) for row in batch.to_pylist()),
+        (row for batch in slides.to_batches(4096) for row in batch.to_pylist()),
         quarantine.to_pylist(),
-        subtitle=str(config.manifest),
+        subtitle=redact(str(config.manifest)),
+        labels=manifest.label_columns,
     )
-    usable = sum(status == "ok" for status in slides.column("status").to_pylist())
+    usable = pc.sum(pc.equal(slides["status"], "ok")).as_py() or 0
     summary = {
         "num_slides": usable,
         "num_quarantined": len(manifest) - usable,
-        "num_quarantined_regions": sum(bool(r) for r in quarantine.column("region").to_pylist()),
-        "num_tiles": sum(n or 0 for n in slides.column("num_tiles").to_pylist()),
-        "num_nuclei": sum(n or 0 for n in slides.column("num_nuclei").to_pylist()),
+        "num_quarantined_regions": pc.sum(pc.not_equal(quarantine["region"], "")).as_py() or 0,
+        "num_tiles": pc.sum(slides["num_tiles"]).as_py() or 0,
+        "num_nuclei": pc.sum(slides["num_nuclei"]).as_py() or 0,
         "slides": str(folder.path / "slides.parquet"),
         "quarantine": str(folder.path / "quarantine.parquet"),
         "qc_page": str(page),
@@ -129,17 +173,11 @@ def run(config: Config) -> dict[str, Any]:
     summary_table("index", summary)
     if not usable:
         raise InputError(
-            f"no slide of {config.manifest} can be used; the reasons are in {summary['quarantine']}"
-            f" and on {page}"
+            f"no slide of {redact(str(config.manifest))} can be used; the reasons are in "
+            f"{summary['quarantine']} and on {page}"
         )
     exit_code: Literal[0, 3] = 3 if config.strict and summary["num_quarantined"] else 0
     return summary | {"exit_code": exit_code}
-
-
-def _qc_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the slide table as the QC page takes it: no local paths, two kinds of status."""
-    status = "ok" if row["status"] == "ok" else "quarantined"
-    return {k: v for k, v in row.items() if k not in ("path", "keep_masks")} | {"status": status}
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
 from cytoray.report.sections import example_views, pretrain_section
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import grid_of_row, read_slide_table
+from cytoray.slides import iter_slide_table
 from cytoray.streaming import ChunkOrder
-from cytoray.streaming.plan import ReadPlan, make_plan
+from cytoray.streaming.plan import ReadPlan, plan_of_index
 from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig, latest_checkpoint
+from cytoray.training.costs import step_costs
 
 _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
@@ -181,15 +182,7 @@ def read_plan(config: Config) -> ReadPlan:
     Raises:
         InputError: no index there, or no usable tile.
     """
-    slides = read_slide_table(config.index / "slides.parquet")
-    if config.splits:
-        keep = [split in config.splits for split in slides.column("split").to_pylist()]
-        slides = slides.filter(keep)
-    usable = [row for row in slides.to_pylist() if row["status"] == "ok"]
-    if not usable:
-        raise InputError(f"no usable slide in {config.index} (splits: {config.splits or 'all'})")
-    grid = grid_of_row(usable[0]).grid
-    return make_plan(slides, tile_px=grid.tile_px, mpp=grid.mpp)
+    return plan_of_index(config.index, config.splits)
 
 
 def plan_facts(plan: ReadPlan) -> dict[str, Any]:
@@ -243,6 +236,11 @@ def _reader_config(config: Config) -> TileReaderConfig:
             "--nuclei detect"
         )
     use_table = has_table and config.nuclei != "detect"
+    if config.detector == "precomputed" and not use_table:
+        raise InputError(
+            "detector `precomputed` cannot find nuclei on the fly; run `cytoray index --detector "
+            "precomputed --nuclei-dir DIR`, and pretrain with its table"
+        )
     return TileReaderConfig(
         seed=config.ssl.seed,
         policy=crop_policy(config.ssl),
@@ -253,8 +251,8 @@ def _reader_config(config: Config) -> TileReaderConfig:
 
 
 def _has_nuclei_table(index: Path) -> bool:
-    slides = read_slide_table(index / "slides.parquet")
-    return any(count is not None for count in slides.column("num_nuclei").to_pylist())
+    batches = iter_slide_table(index / "slides.parquet", ["num_nuclei"])
+    return any(batch.column(0).null_count < batch.num_rows for batch in batches)
 
 
 def _say(
@@ -269,9 +267,27 @@ def _say(
         "workers": f"{config.workers} x {'GPU' if use_gpu else f'{share.cpus_per_worker:g} CPU'}",
         "readers": f"{share.min_readers} to {share.max_readers} x {share.cpus_per_reader:g} CPU",
         "method": f"{ssl.method}, {ssl.backbone.name}",
+        **_costs(config, ssl, use_gpu),
     }
     summary_table("pretrain: dry run, nothing was started", summary)
     return summary
+
+
+def _costs(config: Config, ssl: PretrainConfig, use_gpu: bool) -> dict[str, Any]:
+    """Parameters, work and memory of the run as the dry run prints them."""
+    fp32 = ssl.precision == "fp32" or (ssl.precision == "auto" and not use_gpu)
+    costs = step_costs(ssl, precision="fp32" if fp32 else "bf16")
+    share = ssl.batch_size // config.workers
+    flops = costs.flops_per_tile * ssl.batch_size * ssl.total_steps
+    return {
+        "parameters": f"{costs.num_parameters / 1e6:.1f} M trained, "
+        f"{costs.num_backbone_parameters / 1e6:.1f} M of them the encoder",
+        "work": f"{costs.flops_per_tile / 1e9:.1f} GFLOP a tile, {flops / 1e15:,.3g} PFLOP in all",
+        "memory": f"at least {costs.memory_bytes(share) / 2**30:.1f} GiB a worker with {share} "
+        f"tiles ({costs.state_bytes / 2**30:.1f} GiB of it weights and optimiser)",
+        "hours": f"at least {flops / config.workers / 3.6e18:,.3g} where a worker sustains 1 "
+        "PFLOP/s; `cytoray plan` measures your own",
+    }
 
 
 def _finish(

@@ -72,7 +72,11 @@ def run(config: Config) -> dict[str, Any]:
     manifest = Path(synth.run(synth.Config(out=out / "synth", slides=slides))["manifest"])
     indexed = index.run(
         index.Config(
-            manifest=manifest, out=out / "index", tile_px=config.tile_px, mpp=config.mpp, **shared
+            manifest=str(manifest),
+            out=out / "index",
+            tile_px=config.tile_px,
+            mpp=config.mpp,
+            **shared,
         )
     )
     pretraining = replace(

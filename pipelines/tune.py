@@ -29,6 +29,7 @@ from cytoray.report import write_report
 from cytoray.report.leaderboard import write_leaderboard
 from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
+from cytoray.slides import read_slide_table
 from cytoray.streaming.plan import ReadPlan
 from cytoray.tracking import ChildRuns, Tracker, patiently
 from pipelines.embed import index_plan
@@ -189,6 +190,7 @@ def run(config: Config) -> dict[str, Any]:
         results, failed = run_search(
             specs,
             settings,
+            folder.path,
             progress=progress,
             max_concurrent=config.max_concurrent,
             halving=Halving(grace_epochs=config.grace_epochs, reduction=config.reduction)
@@ -196,6 +198,7 @@ def run(config: Config) -> dict[str, Any]:
             else None,
             on_result=lambda result: _finish_child(children, result),
         )
+        failed = hide_paths(failed, config.index)
         for key, text in failed.items():
             children.finish(key, "FAILED", tags={"cytoray.error": text[:500]})
         best = best_by_fold(results)
@@ -414,6 +417,15 @@ def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
     except (SlideError, OSError) as error:
         attention = {"title": "Attention", "text": f"No picture: {error}"}
     return sections + ([attention] if attention else [])
+
+
+def hide_paths(failed: dict[str, str], index: Path) -> dict[str, str]:
+    """Messages of failed trials without the paths of slides: they go to MLflow and the report."""
+    if not failed:
+        return {}
+    for path in read_slide_table(index / "slides.parquet").column("path").to_pylist():
+        failed = {key: text.replace(path, "a slide's file") for key, text in failed.items()}
+    return failed
 
 
 if __name__ == "__main__":

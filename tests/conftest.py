@@ -105,10 +105,14 @@ def nuclei_dir(plain_index: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def plan_tile_ids(read_plan: ReadPlan) -> list[str]:
-    """Every tile of `read_plan`, sorted; worked out from the slide table's masks alone."""
+def plan_tile_ids(read_plan: ReadPlan, plain_index: Path) -> list[str]:
+    """Every tile of `read_plan`, sorted; worked out from the slides' masks alone."""
+    from cytoray.indexing import part_path, read_indexed
+
     names = []
-    for row in read_plan.slides.to_pylist():
+    ids = read_plan.slides.column("slide_id").to_pylist()
+    slides: list[Any] = [read_indexed(part_path(plain_index, slide_id)) for slide_id in ids]
+    for row in (slide.row for slide in slides):
         columns = row["chunk_columns"]
         for chunk, mask in enumerate(row["keep_masks"]):
             place = f"{chunk % columns}_{chunk // columns}"
@@ -184,3 +188,54 @@ def embedded(indexed: Job, pretrained: Job, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def labelled_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 90 small cells of three classes, three cells to a group: colour tells the class."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("cells")
+    rng = np.random.default_rng(0)
+    lines = ["image,label,source_image"]
+    for name, colour in (
+        ("big", (120, 60, 160)),
+        ("pale", (200, 160, 190)),
+        ("red", (200, 70, 60)),
+    ):
+        (folder / name).mkdir()
+        for index in range(30):
+            pixels = np.full((40, 48, 3), 235.0)
+            y, x = np.ogrid[:40, :48]
+            inside = (y - 20) ** 2 + (x - 24) ** 2 < rng.integers(80, 260)
+            pixels[inside] = colour
+            pixels += rng.normal(0, 12, pixels.shape)
+            path = f"{name}/{index // 3:02d}_{index % 3}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / path)
+            lines.append(f"{path},{name},{name}/{index // 3:02d}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder / "labels.csv"
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder folder: a ViT of two blocks on 32 px images, random weights."""
+    import timm
+    import torch
+
+    from cytoray.models import EncoderSpec, save_encoder
+
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs).state_dict()
+    spec = EncoderSpec(
+        architecture="vit_tiny_patch16_224",
+        img_px=32,
+        mean=(0.7, 0.6, 0.7),
+        std=(0.2, 0.2, 0.2),
+        patch_px=8,
+        embed_dim=24,
+        kwargs=kwargs,
+    )
+    return save_encoder(tmp_path_factory.mktemp("tiny") / "encoder", weights, spec)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,11 @@ import yaml
 
 from cytoray.config import from_plain, to_plain
 from cytoray.errors import InputError
+from cytoray.finetune import Columns, TrainConfig
 from cytoray.mil import MILConfig
 from cytoray.synthetic import SynthConfig
 from cytoray.training import BackboneConfig, PretrainConfig
-from pipelines import embed, index, pretrain, quickstart, synth, tune
+from pipelines import embed, evaluate, finetune, index, pretrain, quickstart, synth, tune
 from pipelines.runs import NAMED
 
 
@@ -48,7 +50,7 @@ def through_yaml(config: Any) -> Any:
 @pytest.mark.parametrize(
     "config",
     [
-        index.Config(manifest=Path("m.csv"), out=Path("o"), magnification=20),
+        index.Config(manifest="m.csv", out=Path("o"), magnification=20),
         pretrain.Config(
             index=Path("i"),
             out=Path("o"),
@@ -69,6 +71,16 @@ def through_yaml(config: Any) -> Any:
             lrs=(1e-5, 1),
             mil=MILConfig(options={"hidden_dim": 8}, lora_targets=("q",)),
         ),
+        finetune.Config(
+            cells=Path("c"),
+            out=Path("o"),
+            encoders=("uni",),
+            lrs=(1e-5, 1),
+            train=TrainConfig(balanced=True),
+            columns=Columns(group_pattern="^(a)"),
+            gpus_per_trial=0.5,
+        ),
+        evaluate.Config(out=Path("o"), bags=(Path("a"), Path("b")), labels=Path("l")),
         synth.Config(out=Path("o"), slides=SynthConfig(slides_per_patient=(2, 3))),
         quickstart.Config(out=Path("o")),
     ],
@@ -89,12 +101,14 @@ def test_every_value_is_plain() -> None:
 def test_named_runs_can_be_written_once_their_paths_are_given() -> None:
     for job, runs in NAMED.items():
         for name, config in runs.items():
-            plain = to_plain(config) | {"index": "i", "out": "o"}
-            plain |= {"bags": ["b"]} if job == "tune" else {}
-            assert config.index is tyro.MISSING, (job, name)
+            source = "cells" if job == "finetune" else "index"
+            plain = to_plain(config) | {source: "i", "out": "o"}
+            missing = {source: tyro.MISSING, "out": tyro.MISSING}
+            if job == "tune":
+                plain["bags"], missing["bags"] = ["b"], config.bags
+            assert getattr(config, source) is tyro.MISSING, (job, name)
             again = from_plain(type(config), yaml.safe_load(yaml.safe_dump(plain)))
-            part = {"pretrain": "ssl", "tune": "mil"}[job]
-            assert getattr(again, part) == getattr(config, part)
+            assert dataclasses.replace(again, **missing) == config
 
 
 def test_left_out_fields_keep_their_defaults() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cytoray.distributed.stage_meter import Reporter
 from cytoray.distributed.tile_source import tile_blocks
 from cytoray.streaming import ChunkOrder, Step, deal
 from cytoray.streaming.plan import ReadPlan
@@ -42,6 +43,7 @@ class Dealer:
             for position, ref in enumerate(refs, start=first):
                 yield ref, rows(position)
 
+        self._reporter = Reporter(source.get("meter", ""), "dealer")
         self._world = dealing["world_size"]
         self._steps: dict[int, Step] = {}
         self._taken: dict[int, int] = {}
@@ -59,7 +61,7 @@ class Dealer:
                 with self._changed:
                     self._changed.wait_for(lambda n=number: n < self._lowest + _STEPS_AHEAD)
                     self._steps[number] = step
-                    self._changed.notify_all()
+                    self._note_changed()
                 number += 1
         except BaseException as error:
             self._error = error
@@ -90,8 +92,12 @@ class Dealer:
             if self._taken[step] == self._world:
                 del self._steps[step], self._taken[step]
                 self._lowest = step + 1
-                self._changed.notify_all()
+                self._note_changed()
             return out
+
+    def _note_changed(self) -> None:
+        self._reporter.gauge("batches ready", len(self._steps))
+        self._changed.notify_all()
 
 
 def start_dealer(source: dict[str, Any], dealing: dict[str, Any]) -> str:

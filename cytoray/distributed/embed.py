@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import ray
@@ -15,8 +14,17 @@ import ray.data
 import torch
 
 from cytoray.distributed.cluster import Shared
+from cytoray.distributed.stage_meter import (
+    EMBED,
+    EMBED_STAGES,
+    ENCODERS,
+    Reporter,
+    StageWatch,
+    stage_meter,
+)
 from cytoray.distributed.tile_source import (
     Positions,
+    ReadChunks,
     pack_chunk,
     quiet_data_context,
     unpack_chunk,
@@ -27,7 +35,6 @@ from cytoray.models.encoder import Encoder, load_encoder
 from cytoray.progress import Progress
 from cytoray.slides import quarantine_row
 from cytoray.streaming.plan import ReadPlan
-from cytoray.streaming.tile_pixels import ChunkTiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,32 +58,25 @@ class EncoderChoice:
         return load_encoder(self.source, pretrained=self.pretrained, device=device)
 
 
-class ReadChunks:
-    """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
-
-    def __init__(self, plan: Shared) -> None:
-        cv2.setNumThreads(1)  # the actor's share is one core
-        self.tiles = ChunkTiles(plan.get())
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for chunk in table.column("position").to_pylist():
-            yield pack_chunk(self.tiles.read(chunk))
-
-
 class EmbedChunks:
     """Ray Data stage: tiles -> features float16 (n, D); pixels end here."""
 
-    def __init__(self, choice: EncoderChoice, use_gpu: bool, threads: int) -> None:
+    def __init__(self, choice: EncoderChoice, use_gpu: bool, threads: int, meter: str) -> None:
         self.device = "cuda" if use_gpu else "cpu"
         if not use_gpu:
             torch.set_num_threads(threads)
         self.encoder = choice.load(self.device)
+        self.reporter = Reporter(meter, ENCODERS)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for i in range(table.num_rows):
+            self.reporter.switch(EMBED)
             columns = unpack_chunk(table.slice(i, 1), 0, None)
             pixels = columns.pop("pixels")
-            yield pack_chunk(columns | {"features": self.embed(pixels)})
+            packed = pack_chunk(columns | {"features": self.embed(pixels)})
+            self.reporter.switch("")
+            self.reporter.add(EMBED, done=len(pixels))
+            yield packed
 
     @torch.inference_mode()
     def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -134,11 +134,12 @@ def embed_slides(
     )
     done = total - len(wanted)
     tiles = 0
-    for columns in _stream(plan, chunks, choice, use_gpu, num_encoders):
-        tiles += len(columns["tile_id"])
-        done += writer.add(columns)
-        progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
-        progress.update("slides", done, total, "slides")
+    with stage_meter() as meter, StageWatch(meter, EMBED_STAGES, progress):
+        for columns in _stream(plan, chunks, choice, use_gpu, num_encoders, meter):
+            tiles += len(columns["tile_id"])
+            done += writer.add(columns)
+            progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
+            progress.update("slides", done, total, "slides")
     done += writer.finish()
     progress.update("slides", done, total, "slides")
     ids = plan.slides.column("slide_id").to_pylist()
@@ -176,7 +177,12 @@ def _slides_to_do(plan: ReadPlan, bags: Path, encoder_id: str) -> list[int]:
 
 
 def _stream(
-    plan: ReadPlan, chunks: np.ndarray, choice: EncoderChoice, use_gpu: bool, num_encoders: int
+    plan: ReadPlan,
+    chunks: np.ndarray,
+    choice: EncoderChoice,
+    use_gpu: bool,
+    num_encoders: int,
+    meter: str,
 ) -> Iterator[dict[str, np.ndarray]]:
     context = ray.data.DataContext.get_current()
     quiet_data_context()
@@ -192,7 +198,7 @@ def _stream(
         Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1
     ).map_batches(
         ReadChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(shared,),
+        fn_constructor_args=(shared, meter),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=reader_cpus,
@@ -200,7 +206,7 @@ def _stream(
     )
     dataset = dataset.map_batches(
         EmbedChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(choice, use_gpu, max(1, round(encoder_cpus))),
+        fn_constructor_args=(choice, use_gpu, max(1, round(encoder_cpus)), meter),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=encoder_cpus,

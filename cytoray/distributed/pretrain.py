@@ -18,6 +18,14 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import Share, Shared
 from cytoray.distributed.dealer import start_dealer
+from cytoray.distributed.stage_meter import (
+    TRAIN,
+    TRAINERS,
+    Reporter,
+    find_meter,
+    meter_name,
+    stage_meter,
+)
 from cytoray.distributed.tile_stream import TileBatch, TileStream
 from cytoray.errors import InputError, raise_problems
 from cytoray.runs import RunFolder
@@ -142,7 +150,12 @@ def _train(settings: LoopSettings, rank: int, world: int, writer: _Writer) -> No
     engine = PretrainEngine(settings.ssl, device, rank=rank, world_size=world)
     checkpoints = settings.folder.path / "checkpoints"
     place, skipped = _restore(engine, checkpoints, settings.data)
-    stream = TileStream(_dealer_name(settings, place.position, rank, world), rank)
+    done = torch.cuda.Event() if device.type == "cuda" else None
+    dealer = _dealer_name(settings, place.position, rank, world)
+    reporter = Reporter(meter_name(settings.folder), TRAINERS)
+    stream = TileStream(
+        dealer, rank, reporter=reporter, device_busy=lambda: done is not None and not done.query()
+    )
     watch = CollapseWatch(start_step=settings.ssl.optim.warmup_steps)
     meter = _Meter()
     saved_at = place.step
@@ -158,6 +171,9 @@ def _train(settings: LoopSettings, rank: int, world: int, writer: _Writer) -> No
                     break
                 writer.quarantine(batch)
                 metrics = engine.step(batch.columns, place.step)
+                if done is not None:
+                    done.record()
+                reporter.add(TRAIN, done=len(batch.columns["num_nuclei"]))
                 meter.add(batch)
                 place = place.after(batch)
                 if place.step == 1 or place.step % settings.log_every == 0:
@@ -175,6 +191,7 @@ def _train(settings: LoopSettings, rank: int, world: int, writer: _Writer) -> No
                 _save(saver, engine, settings, place)
         finally:
             stream.close()
+            reporter.close()
     writer.event("end", step=place.step, tiles=place.tiles, epoch=place.position.epoch)
 
 
@@ -235,6 +252,9 @@ def _dealer_name(settings: LoopSettings, position: StreamPosition, rank: int, wo
     """Rank 0 starts the dealer; the others learn its name."""
     names = [""]
     if rank == 0:
+        meter = find_meter(meter_name(settings.folder))
+        if meter is not None:  # tiles of the window that were used before are read again, not used
+            meter.reset.remote({TRAIN: position.offset})
         source = {
             "plan": settings.plan,
             "order": settings.order,
@@ -242,6 +262,7 @@ def _dealer_name(settings: LoopSettings, position: StreamPosition, rank: int, wo
             "share": settings.share,
             "reserved_cpus": world * settings.share.cpus_per_worker,
             "reserved_gpus": settings.reserved_gpus,
+            "meter": meter_name(settings.folder),
         }
         dealing = {
             "start": position,
@@ -329,7 +350,8 @@ def run_training(
         ),
     )
     try:
-        trainer.fit()
+        with stage_meter(meter_name(settings.folder)):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         return _first_cause(error)
     events = list(settings.folder.read_events())[began:]

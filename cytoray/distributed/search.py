@@ -1,4 +1,4 @@
-"""A search of MIL trials: a pool of actors, Ray Tune's early stopping, finished trials kept."""
+"""A search of MIL trials under Ray Tune; finished trials are kept and never run again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 import ray
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from cytoray.distributed.pool import EPOCH, METRIC, Pool, pool_size
 from cytoray.distributed.trials import (
     HeldOut,
     SearchSettings,
@@ -22,6 +21,7 @@ from cytoray.distributed.trials import (
     read_result,
     run_trial,
 )
+from cytoray.distributed.tuner import EPOCH, METRIC, tune_trials
 from cytoray.mil.selection import best_result
 from cytoray.progress import Progress
 
@@ -167,6 +167,7 @@ class ShowTrials:
 def run_search(
     specs: Sequence[TrialSpec],
     settings: SearchSettings,
+    out: Path,
     *,
     progress: Progress,
     max_concurrent: int = 0,
@@ -178,6 +179,7 @@ def run_search(
     Args:
         specs: the whole search.
         settings: shared by the trials.
+        out: the run folder.
         progress: shown while it runs.
         max_concurrent: trials at a time; 0: as many as the resources allow.
         halving: end bad trials early; None: all run to their end.
@@ -194,7 +196,9 @@ def run_search(
         if todo:
             by_key = {spec.key: spec for spec in specs}
             judge = AshaByGroup(by_key, halving, finished) if halving else None
-            failed = Pool(todo, settings, pool_size(settings, max_concurrent), judge).run()
+            failed = tune_trials(
+                todo, settings, out / "ray", max_concurrent=max_concurrent, judge=judge
+            )
     results = [result for spec in specs if (result := read_result(spec.folder)) is not None]
     return results, failed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from cytoray.distributed.cluster import Share, Shared
+from cytoray.distributed.stage_meter import DETECT, PERTURB, READ, READERS, Reporter
 from cytoray.streaming import ChunkOrder
+from cytoray.streaming.tile_pixels import ChunkTiles
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
 
 _POSITIONS_PER_LIST_TASK = 100_000
@@ -58,25 +61,54 @@ class ReadTiles:
     value (`pack_chunk`), so that a block is a chunk and crosses to the workers without a copy.
     """
 
-    def __init__(self, plan: Shared, order: ChunkOrder, config: TileReaderConfig) -> None:
+    def __init__(
+        self, plan: Shared, order: ChunkOrder, config: TileReaderConfig, meter: str = ""
+    ) -> None:
         cv2.setNumThreads(1)  # the actor's share is one core
         self.reader = TileReader(plan.get(), order, config)
+        self.reporter = Reporter(meter, READERS)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for position in table.column("position").to_pylist():
-            yield pack_chunk(self.reader.read(position))
+            columns = self.reader.read(position)
+            for stage in (READ, DETECT, PERTURB):
+                seconds = columns[f"{stage}_s"]
+                self.reporter.add(stage, seconds=float(seconds.sum()), done=len(seconds))
+            yield pack_chunk(columns)
+
+
+class ReadChunks:
+    """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
+
+    def __init__(self, plan: Shared, meter: str = "") -> None:
+        cv2.setNumThreads(1)  # the actor's share is one core
+        self.tiles = ChunkTiles(plan.get())
+        self.reporter = Reporter(meter, READERS)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for chunk in table.column("position").to_pylist():
+            began = time.perf_counter()
+            columns = self.tiles.read(chunk)
+            seconds = time.perf_counter() - began
+            self.reporter.add(READ, seconds=seconds, done=len(columns["tile_id"]))
+            yield pack_chunk(columns)
 
 
 def pack_chunk(columns: dict[str, np.ndarray]) -> pa.Table:
-    """Columns of n tiles as an Arrow table of one row: numbers as bytes, strings as lists."""
+    """Columns of n tiles as an Arrow table of one row: numbers as bytes, strings as lists.
+
+    Numbers are not copied: the table looks at the arrays' own memory.
+    """
     packed = {}
     for name, values in columns.items():
         if values.dtype.kind == "U":
             packed[name] = pa.array([values.tolist()], pa.list_(pa.string()))
         else:
-            data = np.ascontiguousarray(values).data.cast("B")
+            data = np.ascontiguousarray(values)
             kind = json.dumps([values.dtype.str, list(values.shape)])
-            packed[f"{name}|{kind}"] = pa.array([data], pa.large_binary())
+            ends = np.array([0, data.nbytes], np.int64)
+            buffers = [None, pa.py_buffer(ends), pa.py_buffer(data)]
+            packed[f"{name}|{kind}"] = pa.Array.from_buffers(pa.large_binary(), 1, buffers)
     return pa.table(packed)
 
 
@@ -115,6 +147,7 @@ def tile_blocks(
     stop: int,
     reserved_cpus: float,
     reserved_gpus: float,
+    meter: str = "",
 ) -> Iterator[Any]:
     """Run the stream: one block reference a position, in reading order.
 
@@ -127,6 +160,7 @@ def tile_blocks(
         stop: position after the last.
         reserved_cpus: CPUs that training workers hold, not to be planned with.
         reserved_gpus: likewise.
+        meter: name of the meter the readers report to.
     """
     context = ray.data.DataContext.get_current()
     quiet_data_context()
@@ -139,7 +173,7 @@ def tile_blocks(
         Positions(start, stop), num_cpus=share.cpus_source, override_num_blocks=1
     ).map_batches(
         ReadTiles,  # type: ignore[arg-type]
-        fn_constructor_args=(plan, order, config),
+        fn_constructor_args=(plan, order, config, meter),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=share.cpus_per_reader,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
 
+from cytoray.distributed.stage_meter import TRAIN, TRAINERS, Reporter
 from cytoray.distributed.tile_source import unpack_chunk
 from cytoray.streaming import StreamPosition
+
+_POLL_S = 0.002
 
 
 @dataclass
@@ -23,7 +26,7 @@ class TileBatch:
         columns: numpy arrays by name, one row a tile (`pixels` uint8 (b, S, S, 3), ...).
         after: position after the global batch.
         tiles: tiles of the global batch.
-        wait_s: seconds the training loop stood still for it.
+        wait_s: seconds in which neither the training loop nor its device had anything to do.
     """
 
     columns: dict[str, np.ndarray]
@@ -33,38 +36,92 @@ class TileBatch:
     invalid: list[tuple[str, str]] = field(default_factory=list)
 
 
-class TileStream:
-    """Iterates over one rank's batches; a thread fetches ahead so that training does not wait."""
+class Ahead:
+    """What was fetched ahead: filled by one thread, emptied by another, never more than `most`."""
 
-    def __init__(self, dealer_name: str, rank: int, *, prefetch: int = 2) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._items: list[Any] = []
+        self._changed = threading.Condition()
+        self.closed = False
+
+    def put(self, item: Any) -> None:
+        """Add an item as soon as there is room."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._items) < self._most or self.closed)
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def take(
+        self, device_busy: Callable[[], bool], on_wait: Callable[[], None]
+    ) -> tuple[Any, float]:
+        """Remove the oldest item.
+
+        Args:
+            device_busy: whether the device still works on what it was given; as long as it does,
+                nobody waits.
+            on_wait: called when waiting begins.
+
+        Returns:
+            The item, and the seconds in which nobody had anything to do.
+        """
+        with self._changed:
+            while not self._items and device_busy():
+                self._changed.wait(_POLL_S)
+            begin = time.perf_counter()
+            if not self._items:
+                on_wait()
+                self._changed.wait_for(lambda: self._items)
+            item = self._items.pop(0)
+            self._changed.notify_all()
+        return item, time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Let whoever waits for room go on."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
+class TileStream:
+    """Iterates over one rank's batches; a thread fetches ahead so that training does not wait.
+
+    Args:
+        dealer_name: of the dealer.
+        rank: whose batches.
+        prefetch: batches fetched ahead.
+        reporter: told when this rank works and when it waits.
+        device_busy: whether the device still works on what it was given.
+    """
+
+    def __init__(
+        self,
+        dealer_name: str,
+        rank: int,
+        *,
+        prefetch: int = 2,
+        reporter: Reporter | None = None,
+        device_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._reporter = reporter or Reporter("", TRAINERS)
+        self._device_busy = device_busy
         self._dealer = ray.get_actor(dealer_name, namespace="cytoray")
         self._rank = rank
-        self._prefetch = prefetch
-        self._ready: list[Any] = []
-        self._changed = threading.Condition()
-        self._closed = False
+        self._ahead = Ahead(prefetch)
         self._thread = threading.Thread(target=self._fetch, daemon=True)
         self._thread.start()
 
     def _fetch(self) -> None:
         step = 0
         try:
-            while not self._closed:
+            while not self._ahead.closed:
                 got: Any = ray.get(self._dealer.share_of.remote(step, self._rank))
-                item: Any = None if got is None else self._assemble(got)
-                with self._changed:
-                    self._changed.wait_for(
-                        lambda: len(self._ready) < self._prefetch or self._closed
-                    )
-                    self._ready.append(item)
-                    self._changed.notify_all()
-                if item is None:
+                self._ahead.put(None if got is None else self._assemble(got))
+                if got is None:
                     return
                 step += 1
         except BaseException as error:
-            with self._changed:
-                self._ready.append(error)
-                self._changed.notify_all()
+            self._ahead.put(error)
 
     @staticmethod
     def _assemble(got: dict[str, Any]) -> TileBatch:
@@ -80,23 +137,18 @@ class TileStream:
 
     def __iter__(self) -> Iterator[TileBatch]:
         while True:
-            begin = time.perf_counter()
-            with self._changed:
-                self._changed.wait_for(lambda: self._ready)
-                item = self._ready.pop(0)
-                self._changed.notify_all()
+            item, wait_s = self._ahead.take(self._device_busy, lambda: self._reporter.switch(""))
+            self._reporter.switch(TRAIN)
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
-            item.wait_s = time.perf_counter() - begin
+            item.wait_s = wait_s
             yield item
 
     def close(self) -> None:
         """Stop fetching."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._ahead.close()
 
 
 def replace_invalid(batch: TileBatch) -> None:

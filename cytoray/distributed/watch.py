@@ -1,4 +1,4 @@
-"""Shows a training run from the driver by following its event file."""
+"""Shows a training run from the driver: its event file, and how busy its stages are."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from cytoray.distributed.stage_meter import PRETRAIN_STAGES, StageWatch, meter_name
 from cytoray.progress import Progress
 from cytoray.runs import RunFolder
 
 _EVERY_S = 1.0
-# Training that waits more than this share of its time for tiles is starved by the readers.
-_STARVED = 0.1
 
 
 class EventWatch:
-    """Follows `events.jsonl` in a thread and keeps the progress display up to date.
+    """Follows `events.jsonl` and the run's meter in threads and keeps the display up to date.
 
     Args:
         folder: the run.
@@ -29,14 +28,17 @@ class EventWatch:
         self._folder, self._progress = folder, progress
         self._total = total_steps
         self._offset = folder.events_path.stat().st_size
+        self._stages = StageWatch(meter_name(folder), PRETRAIN_STAGES, progress)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> EventWatch:
         self._thread.start()
+        self._stages.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stages.__exit__()
         self._stop.set()
         self._thread.join()
         self.read()
@@ -83,13 +85,3 @@ class EventWatch:
                 detail=f"loss {loss:.3f}, {event['tiles_per_s']:.1f} tiles/s, "
                 f"waits {event['wait_share']:.0%}",
             )
-            self._progress.bottleneck(*self._bottleneck(event))
-
-    @staticmethod
-    def _bottleneck(event: dict[str, Any]) -> tuple[str, str]:
-        """The slowest stage: training, or the dearest part of reading when training waits."""
-        if event["wait_share"] < _STARVED:
-            return "train", f"{event['train_ms_per_tile']:.1f} ms/tile"
-        stages = {name: event[f"{name}_ms_per_tile"] for name in ("read", "detect", "perturb")}
-        slowest = max(stages, key=lambda name: stages[name])
-        return slowest, f"{stages[slowest]:.1f} ms/tile, training waits {event['wait_share']:.0%}"

@@ -10,8 +10,9 @@ from cytoray.evaluation.few_shot import (
     draw_shots,
     few_shot_curve,
     few_shot_runs,
+    mean_interval,
 )
-from cytoray.evaluation.metrics import DEFAULT_METRICS, METRICS, evaluate_scores
+from cytoray.evaluation.metrics import CELL_METRICS, DEFAULT_METRICS, METRICS, evaluate_scores
 from cytoray.evaluation.per_class import (
     CalibrationCurve,
     ClassMetrics,
@@ -30,6 +31,7 @@ from cytoray.evaluation.splits import (
 from cytoray.evaluation.weights import Weights
 
 __all__ = [
+    "CELL_METRICS",
     "DEFAULT_METRICS",
     "METRICS",
     "PROBES",
@@ -59,6 +61,7 @@ __all__ = [
     "few_shot_runs",
     "given_split",
     "grouped_kfold",
+    "mean_interval",
     "per_class_metrics",
     "run_probe",
     "train_val_test",

@@ -16,12 +16,11 @@ import numpy as np
 from scipy import stats
 
 from cytoray.errors import InputError, raise_problems
-from cytoray.evaluation.metrics import evaluate_scores
+from cytoray.evaluation.metrics import CELL_METRICS, evaluate_scores
 from cytoray.evaluation.probes import Labelled, run_probe
 from cytoray.evaluation.splits import Split, check_no_leak
 
 SHOTS = (1, 2, 4, 8, 16, 50)
-FEW_SHOT_METRICS = ("accuracy", "balanced_accuracy", "auc")
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def few_shot_runs(
     probes: Sequence[str] = ("linear", "knn", "simple_shot"),
     shots: Sequence[int] = SHOTS,
     seeds: Sequence[int] = (0, 1, 2),
-    metrics: Sequence[str] = FEW_SHOT_METRICS,
+    metrics: Sequence[str] = CELL_METRICS,
     options: dict[str, dict[str, Any]] | None = None,
 ) -> list[FewShotRun]:
     """Train every probe on every draw of shots, and evaluate it on the test part.
@@ -182,10 +181,10 @@ def few_shot_curve(runs: Sequence[FewShotRun]) -> list[FewShotPoint]:
     for run in runs:
         for metric, value in run.metrics.items():
             grouped.setdefault((run.probe, run.shots, metric), []).append(value)
-    return [FewShotPoint(*key, *_mean_interval(values)) for key, values in grouped.items()]
+    return [FewShotPoint(*key, *mean_interval(values)) for key, values in grouped.items()]
 
 
-def _mean_interval(values: Sequence[float]) -> tuple[float, float, float, int]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float, int]:
     """Mean, the two ends of its 95 % t-interval, and how many values are defined."""
     defined = np.array([value for value in values if np.isfinite(value)])
     count = len(defined)

@@ -223,6 +223,13 @@ def f1(labels, scores, weights) -> np.ndarray:
 
 
 @_metric
+def macro_f1(labels, scores, weights) -> np.ndarray:
+    """Mean F1 over the classes that are there, also when C = 2."""
+    hits, predicted, actual, _ = _confusion(labels, scores, weights)
+    return _mean_over_classes(np.where(actual > 0, _ratio(2.0 * hits, predicted + actual), np.nan))
+
+
+@_metric
 def brier(labels, scores, weights) -> np.ndarray:
     """Mean squared error of the probabilities: of class 1 when C = 2, summed over classes else."""
     errors = (scores - np.eye(scores.shape[1])[labels]) ** 2
@@ -249,11 +256,13 @@ METRICS: dict[str, Metric] = {
     "recall": sensitivity,
     "specificity": specificity,
     "f1": f1,
+    "macro_f1": macro_f1,
     "sensitivity_at_specificity": sensitivity_at_specificity,
     "brier": brier,
     "ece": expected_calibration_error,
 }
-DEFAULT_METRICS = tuple(name for name in METRICS if name != "recall")
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("recall", "macro_f1"))
+CELL_METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
 
 
 def evaluate_scores(labels, scores, names=DEFAULT_METRICS) -> dict[str, float]:

@@ -38,14 +38,16 @@ def _patients(labels: Sequence | np.ndarray, groups: Sequence | np.ndarray):
     return patient, stratum, np.bincount(patient), classes
 
 
-def _check_strata(stratum: np.ndarray, classes: np.ndarray, parts: int, what: str) -> None:
+def _check_strata(
+    stratum: np.ndarray, classes: np.ndarray, parts: int, what: str, unit: str = "patient"
+) -> None:
     counts = np.bincount(stratum, minlength=len(classes))
     problems = [
-        f"class {name!r} counts {count} patients"
+        f"class {name!r} counts {count} {unit}s"
         for name, count in zip(classes.tolist(), counts.tolist(), strict=True)
         if count < parts
     ]
-    raise_problems(f"{what} needs at least {parts} patients of every class:", problems)
+    raise_problems(f"{what} needs at least {parts} {unit}s of every class:", problems)
 
 
 def grouped_kfold(
@@ -97,6 +99,7 @@ def train_val_test(
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15),
     seed: int = 0,
     split: Sequence | np.ndarray | None = None,
+    unit: str = "patient",
 ) -> Split:
     """Patient-grouped, label-stratified train, validation and test parts.
 
@@ -107,19 +110,20 @@ def train_val_test(
             A part of share 0 stays empty; every other part gets a patient of every class.
         seed: of the shuffle.
         split: (N,) `train`, `val` or `test`, the manifest's own split; it is then used as it is.
+        unit: what a group is called in messages.
 
     Raises:
         InputError: fractions that do not sum to 1, a class with too few patients, unknown names in
             `split`, or a `split` in which a patient straddles two parts.
     """
     if split is not None:
-        return given_split(split, groups)
+        return given_split(split, groups, unit=unit)
     shares = np.asarray(fractions, dtype=np.float64)
     if shares.shape != (3,) or (shares < 0).any() or abs(shares.sum() - 1.0) > 1e-6:
         raise InputError(f"fractions {fractions} must be three shares >= 0 that sum to 1")
     patient, stratum, sizes, classes = _patients(labels, groups)
     used = shares > 0
-    _check_strata(stratum, classes, int(used.sum()), "this split")
+    _check_strata(stratum, classes, int(used.sum()), "this split", unit)
     rng = np.random.default_rng(seed)
     part_of_patient = np.zeros(len(sizes), dtype=np.int64)
     for index in range(len(classes)):
@@ -141,7 +145,9 @@ def _apportion(count: int, shares: np.ndarray) -> np.ndarray:
     return given
 
 
-def given_split(split: Sequence | np.ndarray, groups: Sequence | np.ndarray) -> Split:
+def given_split(
+    split: Sequence | np.ndarray, groups: Sequence | np.ndarray, *, unit: str = "patient"
+) -> Split:
     """The parts a `split` column names, once it is sure that no patient straddles them.
 
     Raises:
@@ -152,18 +158,22 @@ def given_split(split: Sequence | np.ndarray, groups: Sequence | np.ndarray) -> 
     if unknown:
         raise InputError(f"split column holds {', '.join(unknown)}; valid: {', '.join(PARTS)}")
     parts = Split(*(np.flatnonzero(values == part) for part in PARTS))
-    check_no_leak(groups, parts._asdict())
+    check_no_leak(groups, parts._asdict(), unit=unit)
     return parts
 
 
 def check_no_leak(
-    groups: Sequence | np.ndarray, parts: dict[str, np.ndarray] | Sequence[np.ndarray]
+    groups: Sequence | np.ndarray,
+    parts: dict[str, np.ndarray] | Sequence[np.ndarray],
+    *,
+    unit: str = "patient",
 ) -> None:
     """Refuse parts that share a patient.
 
     Args:
         groups: (N,) patient of each bag.
         parts: indices of bags in each part, by name or in order.
+        unit: what a group is called in the message.
 
     Raises:
         InputError: names every patient that straddles, and where.
@@ -175,12 +185,12 @@ def check_no_leak(
         for patient in np.unique(groups[np.asarray(indices, dtype=np.int64)]).tolist():
             seen.setdefault(patient, []).append(name)
     problems = [
-        f"patient {patient} is in {' and '.join(names)}"
+        f"{unit} {patient} is in {' and '.join(names)}"
         for patient, names in seen.items()
         if len(names) > 1
     ]
     raise_problems(
-        "this split leaks patients, so its scores would be too good; put all bags of a patient in "
+        f"this split leaks {unit}s, so its scores would be too good; put all bags of a {unit} in "
         "one part:",
         problems,
     )

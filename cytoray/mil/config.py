@@ -38,7 +38,7 @@ class MILConfig:
         balanced_sampling: instead, draw bags so that the classes come equally often.
         seed: of initialisation, order, sampling and dropout.
         lora_rank: rank of the encoder's adaptation; 0 leaves the encoder as it is.
-        lora_targets: any of q, k, v, o.
+        lora_targets: any of q, k, v, o, mlp.
         lora_alpha: scale of the update, alpha / sqrt(rank).
         lora_dropout: on the input of A.
         lora_lr: of A and B.

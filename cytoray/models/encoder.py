@@ -3,7 +3,7 @@
 A folder holds `model.safetensors` and `encoder.json`; plain timm loads it:
 
     spec = json.load(open("encoder.json"))
-    model = timm.create_model(spec["architecture"], num_classes=0, **spec["kwargs"])
+    model = timm.create_model(spec["architecture"], **{"num_classes": 0, **spec["kwargs"]})
     if spec["sr"]: cytoray.models.use_sr(model, **spec["sr"])
     model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 """
@@ -27,11 +27,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
-from cytoray.models.backbones import close_names
 from cytoray.models.sr_transformer import SRConfig, use_sr
 
 WEIGHTS_FILE = "model.safetensors"
@@ -266,11 +264,11 @@ def load_encoder(
     device: str | torch.device = "cpu",
     kwargs: Mapping[str, Any] | None = None,
 ) -> Encoder:
-    """An encoder in eval mode, from a folder or by a timm name.
+    """An encoder in eval mode, from a folder or by name.
 
     Args:
         source: folder written by `save_encoder` (or a checkpoint that holds one as `encoder/`),
-            or a timm model name, also `hf-hub:owner/model`.
+            or any name of `cytoray.models.sources`: timm, open_clip, a known short name, a file.
         pretrained: for a timm name, load the published weights; else random ones by `seed`.
         seed: of random weights.
         device: where to put it.
@@ -282,10 +280,14 @@ def load_encoder(
     folder = Path(source)
     if (folder / "encoder" / SPEC_FILE).is_file():
         folder = folder / "encoder"
-    if folder.is_dir():
+    timm_folder = (folder / "config.json").is_file() and not (folder / SPEC_FILE).is_file()
+    if folder.is_dir() and not timm_folder:
         encoder = _from_folder(folder)
     else:
-        encoder = _from_timm(str(source), pretrained=pretrained, seed=seed, kwargs=kwargs or {})
+        from cytoray.models.sources import load_named
+
+        name = f"local-dir:{folder}" if timm_folder else str(source)
+        encoder = load_named(name, pretrained=pretrained, seed=seed, kwargs=kwargs or {})
     return encoder.to(device).eval()
 
 
@@ -303,37 +305,6 @@ def _from_folder(folder: Path) -> Encoder:
 
 
 def _built(spec: EncoderSpec) -> nn.Module:
-    model = cast(nn.Module, timm.create_model(spec.architecture, num_classes=0, **spec.kwargs))
+    options = {"num_classes": 0, **spec.kwargs}
+    model = cast(nn.Module, timm.create_model(spec.architecture, **options))
     return model if spec.sr is None else use_sr(model, **dataclasses.asdict(spec.sr))
-
-
-def _from_timm(name: str, *, pretrained: bool, seed: int, kwargs: Mapping[str, Any]) -> Encoder:
-    plain_name = name.split("/")[-1].split(".")[0]
-    if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(plain_name):
-        raise InputError(
-            f"encoder {name!r} is neither a folder with {SPEC_FILE} nor a timm model"
-            f"{close_names(plain_name, timm.list_models())}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            options = {"pretrained": pretrained, "num_classes": 0, **kwargs}
-            model = cast(Any, timm.create_model(name, **options))
-        except (OSError, RuntimeError, TypeError) as error:
-            raise InputError(f"timm cannot make encoder {name!r}: {error}") from error
-    data = resolve_model_data_config(model)
-    patch_embed = getattr(model, "patch_embed", None)
-    patch_size = getattr(patch_embed, "patch_size", None) or (0,)
-    img_size = getattr(patch_embed, "img_size", None) or data["input_size"][-2:]
-    spec = EncoderSpec(
-        architecture=name,
-        img_px=int(img_size[-1]),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        patch_px=int(patch_size[0]),
-        embed_dim=int(model.num_features),
-        pooling="model",
-        kwargs=dict(kwargs),
-        source={"timm": name, "pretrained": pretrained, "seed": None if pretrained else seed},
-    )
-    return Encoder(model, spec)

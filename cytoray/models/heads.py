@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class PrototypeLayer(nn.Module):
@@ -24,7 +27,29 @@ class PrototypeLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_dim) to (..., out_dim), in [-1, 1] for unit x."""
-        return F.linear(x, F.normalize(self.weight, dim=-1))
+        return F.linear(x, self.unit_rows())
+
+    def unit_rows(self) -> Tensor:
+        """The prototypes at unit length, (out_dim, in_dim)."""
+        return _UnitRows.apply(self.weight)  # type: ignore[no-any-return]
+
+
+class _UnitRows(torch.autograd.Function):
+    """w / |w| row by row, as `F.normalize`, with two large tensors in place of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min_(1e-12)
+        unit = weight / norm
+        ctx.save_for_backward(unit, norm)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        unit, norm = ctx.saved_tensors
+        along = torch.einsum("kd,kd->k", unit, upstream).unsqueeze(-1)
+        return torch.addcmul(upstream, unit, along, value=-1.0).div_(norm)
 
 
 class DINOHead(nn.Module):
@@ -61,6 +86,21 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (..., in_dim) to logits (..., out_dim), cosines in [-1, 1]."""
+        return self.last_layer(self._bottleneck(x))
+
+    def forward_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of several (n, in_dim) blocks of tokens, each a tensor of its own.
+
+        The MLP runs once over all of them. Logits are large: they are not made together and cut
+        apart, which going backward would mean to put them together again.
+        """
+        weight = self.last_layer.unit_rows()
+        if torch.is_autocast_enabled(weight.device.type):
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # once for all parts
+        bottleneck = self._bottleneck(torch.cat(list(parts)))
+        return [F.linear(x, weight) for x in bottleneck.split([len(part) for part in parts])]
+
+    def _bottleneck(self, x: Tensor) -> Tensor:
         bottleneck = self.mlp(x)
         eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
-        return self.last_layer(F.normalize(bottleneck, dim=-1, eps=eps))
+        return F.normalize(bottleneck, dim=-1, eps=eps)

@@ -1,4 +1,4 @@
-"""LoRA on the query and value of every attention block of a timm ViT (Dausort et al., eq. 2).
+"""LoRA on the attention (query and value by default) and MLP of a timm ViT (Dausort et al., eq. 2).
 
 timm keeps query, key and value in one Linear; adapting that one gives q, k and v a single shared
 A and changes k too. So qkv is first split into three Linears, which `peft` then adapts one by one,
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cytoray.errors import InputError, choose
 
 ADAPTER = "default"
-TARGETS = {"q": "qkv.q", "k": "qkv.k", "v": "qkv.v", "o": "proj"}
+# Where a target is: inside the attention (o: its output projection), or the MLP beside it.
+TARGETS = {"q": "qkv.q", "k": "qkv.k", "v": "qkv.v", "o": "proj", "mlp": "mlp"}
 
 
 class SplitQKV(nn.Module):
@@ -85,6 +86,31 @@ def split_qkv(vit: nn.Module) -> nn.Module:
     return vit
 
 
+def _adapted_names(vit: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the Linears that the targets stand for, in a model whose qkv is split."""
+    names = []
+    for attention in _attention_names(vit):
+        names += [f"{attention}.{TARGETS[target]}" for target in targets if target != "mlp"]
+        if "mlp" in targets:
+            names += _mlp_names(vit, f"{attention.rpartition('.')[0]}.mlp".lstrip("."))
+    return names
+
+
+def _mlp_names(vit: nn.Module, mlp: str) -> list[str]:
+    """Names of the Linears of one MLP."""
+    names = [
+        name
+        for name, module in vit.named_modules()
+        if name.startswith(f"{mlp}.") and isinstance(module, nn.Linear)
+    ]
+    if not names:
+        raise InputError(
+            f"LoRA target 'mlp': {type(vit).__name__} has no `{mlp}` with Linears; "
+            "leave `mlp` out of the targets"
+        )
+    return names
+
+
 def add_lora(
     vit: nn.Module,
     rank: int,
@@ -100,7 +126,7 @@ def add_lora(
     Args:
         vit: a timm ViT.
         rank: of the updates, at least 0.
-        targets: any of `q`, `k`, `v`, `o` (the output projection).
+        targets: any of `q`, `k`, `v`, `o` (the output projection) and `mlp` (its Linears).
         alpha: scale.
         dropout: on the input of A, in training mode.
 
@@ -114,7 +140,8 @@ def add_lora(
         raise InputError(f"LoRA rank {rank} is negative; 0 means no adaptation")
     if not targets:
         raise InputError(f"LoRA needs at least one target; valid: {', '.join(TARGETS)}")
-    paths = [TARGETS[choose("LoRA target", target, TARGETS)] for target in targets]
+    for target in targets:
+        choose("LoRA target", target, TARGETS)
     if lora_layers(vit):
         raise InputError("this model already has LoRA layers; merge them or load it anew")
     vit.requires_grad_(False)
@@ -123,7 +150,7 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     split_qkv(vit)
-    modules = [f"{name}.{path}" for name in _attention_names(vit) for path in paths]
+    modules = _adapted_names(vit, targets)
     options: dict[str, Any] = {"lora_alpha": alpha, "use_rslora": True}
     config = LoraConfig(r=rank, target_modules=modules, lora_dropout=dropout, **options)
     inject_adapter_in_model(config, vit, ADAPTER)

@@ -4,6 +4,7 @@ from cytoray.nuclei.cellpose import CellposeDetector, find_weights, masks_to_nuc
 from cytoray.nuclei.classical import ClassicalConfig, ClassicalDetector, detect_nuclei
 from cytoray.nuclei.detectors import DETECTORS, Detector, NoDetector, build_detector
 from cytoray.nuclei.places import assign_to_tiles, nuclei_in_rectangle, sort_nuclei
+from cytoray.nuclei.precomputed import PrecomputedNuclei, check_on_foreground
 from cytoray.nuclei.score import (
     DetectionScore,
     mask_centroids,
@@ -11,6 +12,7 @@ from cytoray.nuclei.score import (
     pool_scores,
     score_detections,
 )
+from cytoray.nuclei.small import SmallConfig, SmallDetector
 from cytoray.nuclei.stain import black_border, nuclear_density
 from cytoray.nuclei.table import (
     NUCLEI_COLUMNS,
@@ -31,9 +33,13 @@ __all__ = [
     "DetectionScore",
     "Detector",
     "NoDetector",
+    "PrecomputedNuclei",
+    "SmallConfig",
+    "SmallDetector",
     "assign_to_tiles",
     "black_border",
     "build_detector",
+    "check_on_foreground",
     "detect_nuclei",
     "find_weights",
     "mask_centroids",

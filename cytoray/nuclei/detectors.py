@@ -11,6 +11,8 @@ import numpy as np
 from cytoray.errors import InputError, choose
 from cytoray.nuclei.cellpose import CellposeDetector
 from cytoray.nuclei.classical import ClassicalConfig, ClassicalDetector
+from cytoray.nuclei.precomputed import PrecomputedNuclei
+from cytoray.nuclei.small import SmallConfig, SmallDetector
 
 
 class Detector(Protocol):
@@ -50,12 +52,23 @@ def build_classical(**options: Any) -> ClassicalDetector:
     return ClassicalDetector(ClassicalConfig(**options))
 
 
+def build_small(**options: Any) -> SmallDetector:
+    """`SmallDetector` with the given fields of `SmallConfig`."""
+    return SmallDetector(SmallConfig(**options))
+
+
 DETECTORS: dict[str, Callable[..., Detector]] = {
     "classical": build_classical,
+    "small": build_small,
     "cellpose": CellposeDetector,
     "none": NoDetector,
+    "precomputed": PrecomputedNuclei,
 }
-_OPTIONS: dict[str, Callable[..., Any]] = {**DETECTORS, "classical": ClassicalConfig}
+_OPTIONS: dict[str, Callable[..., Any]] = {
+    **DETECTORS,
+    "classical": ClassicalConfig,
+    "small": SmallConfig,
+}
 
 
 def build_detector(name: str, **options: Any) -> Detector:
@@ -63,8 +76,8 @@ def build_detector(name: str, **options: Any) -> Detector:
 
     Args:
         name: a key of `DETECTORS`.
-        **options: for `classical` the fields of `ClassicalConfig`, for `cellpose` the arguments of
-            `CellposeDetector`.
+        **options: for `classical` the fields of `ClassicalConfig`, for `small` those of
+            `SmallConfig`, for `cellpose` the arguments of `CellposeDetector`.
 
     Raises:
         InputError: unknown name or option, or a value that is out of range.

@@ -12,12 +12,13 @@ from cytoray.report.overlays import (
 )
 from cytoray.report.page import trial_table, write_report
 from cytoray.report.qc import write_qc
-from cytoray.report.slide_images import encode_jpeg, qc_images
+from cytoray.report.slide_images import encode_jpeg, focus_image, qc_images
 
 __all__ = [
     "attention_map",
     "crop_outlines",
     "encode_jpeg",
+    "focus_image",
     "foreground_overlay",
     "loss_curves",
     "message_figure",

@@ -1,51 +1,62 @@
-"""The quality page of an index run: every slide with its pictures, quarantined ones first.
+"""The quality page of an index run: every slide with its pictures, the worst first.
 
-A million slides must not become one file or one list: pictures are files beside the page, rows come
-in files of 500 that the page loads as they are needed (as scripts, since a page opened from disk
-may load those and nothing else), and the writer holds one such file at a time.
+A cohort may have a million slides, so neither the page nor its writer may hold them all. Pictures
+are files beside the page. Each slide has one short entry in an index (what the page sorts and
+filters by) and its words in a file of a hundred slides that is loaded when one of them is shown.
+All of these are scripts, since a page opened from disk may load scripts and nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from cytoray.io import atomic_write_text
-from cytoray.plain import json_ready
-from cytoray.report.page import facts_of, render, table_of, text_of
+from cytoray.report.page import facts_of, render
+from cytoray.report.qc_rows import IMAGE_KINDS, METRICS, Problems, describe
+from cytoray.report.qc_totals import Totals
 
-IMAGE_KINDS = ("thumbnail", "foreground", "density")
-_ROWS_PER_FILE = 500
-_MAX_LISTED = 200
+ROWS_PER_FILE = 100
+INDEX_ROWS_PER_FILE = 10_000
+CATEGORIES = ("reason", "mpp_source", "reader", "site", "split")
+# Whom a slide is of, and where it lies, has no place on a page that is shown around.
+PRIVATE = ("patient_id", "path")
+_SCRIPTS = ("qc_data.js", "qc_state.js", "qc_charts.js", "qc_rows.js", "qc_page.js")
+_MAX_CHOICES = 60
 
 
 def write_qc(
     out_dir: str | Path,
     rows: Iterable[Mapping[str, Any]],
-    quarantine: Sequence[Mapping[str, Any]] = (),
+    quarantine: Iterable[Mapping[str, Any]] = (),
     title: str = "Slide quality",
     subtitle: str = "",
+    labels: Sequence[str] = (),
 ) -> Path:
-    """Write `qc.html` and its row files `qc/rows-*.js`.
+    """Write `qc.html` and the files it loads, `qc/*.js`.
+
+    The files of an earlier page are taken away once the new page stands, so that whoever opens
+    `qc.html` at any time sees a whole one.
 
     Args:
         out_dir: the run folder; pictures lie in its `qc/`.
         rows: one dict a slide, e.g. rows of the slide table (an iterator is read once): `slide_id`,
-            `status` (`ok` or `quarantined`) and, where known, `reason`, `path`, `site`,
+            `status` (`ok`, `quarantined` or a reason code) and, where known, `site`, `split`,
             `width_px_level0`, `height_px_level0`, `mpp` or `mpp_x`, `mpp_source`, `vendor`,
-            `reader`, `foreground_share`, `num_tiles`, `num_nuclei`, and `thumbnail_path`,
-            `foreground_path`, `density_path` (absolute, or relative to `out_dir`; by default
-            `qc/<slide_id>.<kind>.jpg` where that exists). Other fields are left out.
+            `objective_power`, `reader`, `reader_reason`, `foreground_share`, `num_tiles`,
+            `num_nuclei`, `focus_median` (0..1), `out_of_focus_share` (of the tiles), and
+            `thumbnail_path`, `foreground_path`, `density_path`, `focus_path` (absolute, or
+            relative to `out_dir`; by default `qc/<slide_id>.<kind>.jpg` where that exists).
+            Nothing else of a row reaches the page.
         quarantine: dicts of `slide_id`, `reason_code`, `message`, `region` (empty for a whole
-            slide), `stage`.
+            slide), `stage`, and `path`, which is taken out of the message.
         title: of the page.
-        subtitle: a line below it.
+        subtitle: a line below it; of a path, its last part is shown.
+        labels: columns of `rows` that hold labels of slides, to show and to filter by.
 
     Returns:
         The path of `qc.html`.
@@ -53,195 +64,107 @@ def write_qc(
     out = Path(out_dir)
     folder = out / "qc"
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("rows-*.js"):
-        stale.unlink()
-    problems = _Problems.of(quarantine)
-    refused, usable = _RowFiles(folder, "q"), _RowFiles(folder, "s")
-    totals = _Totals()
+    stale = list(folder.glob("*.js"))
+    name = secrets.token_hex(4)
+    labels = [label for label in labels if label not in (*PRIVATE, *CATEGORIES)]
+    problems, totals = Problems.of(quarantine), Totals()
+    writer = _Files(folder, name, (*CATEGORIES, *labels))
     for row in rows:
-        shown = _row(row, out, problems)
+        shown = describe(row, problems, out, labels)
         totals.add(shown)
-        (refused if shown["status"] != "ok" else usable).add(shown)
-    files = [*refused.close(), *usable.close()]
+        writer.add(shown.index_entry(), shown.words)
+    meta = writer.close() | {"kinds": IMAGE_KINDS}
+    script = f"{name}-page.js"
+    atomic_write_text(folder / script, _script())
     html = render(
         "qc.html",
         title=title,
-        subtitle=subtitle,
+        subtitle=Path(subtitle).name if "/" in subtitle or "\\" in subtitle else subtitle,
         facts=facts_of(totals.facts(problems)),
-        tables=[table_of(table) for table in problems.tables()],
-        meta={"files": files, "kinds": IMAGE_KINDS},
+        reasons=totals.reasons(),
+        meta=meta,
+        script=f"qc/{script}",
+        choices=_choices(meta["categories"]),
     )
     atomic_write_text(out / "qc.html", html)
+    for path in stale:
+        path.unlink(missing_ok=True)
     return out / "qc.html"
 
 
-@dataclass
-class _Problems:
-    """The quarantine ledger by slide: reasons of whole slides, number of bad regions."""
-
-    slides: dict[str, list[str]] = field(default_factory=dict)
-    regions: Counter[str] = field(default_factory=Counter)
-    slide_rows: list[list[str]] = field(default_factory=list)
-    region_codes: dict[str, Counter[str]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, quarantine: Iterable[Mapping[str, Any]]) -> _Problems:
-        problems = cls()
-        for entry in quarantine:
-            slide_id, code = str(entry["slide_id"]), str(entry.get("reason_code", ""))
-            if entry.get("region"):
-                problems.regions[slide_id] += 1
-                problems.region_codes.setdefault(slide_id, Counter())[code] += 1
-            else:
-                message = str(entry.get("message", ""))
-                problems.slides.setdefault(slide_id, []).append(f"{message} [{code}]")
-                problems.slide_rows.append([slide_id, code, message, str(entry.get("stage", ""))])
-        return problems
-
-    def tables(self) -> Iterator[dict[str, Any]]:
-        """Quarantined slides with reasons, then slides with quarantined regions."""
-        if self.slide_rows:
-            yield {
-                "columns": ["slide", "reason", "message", "stage"],
-                "rows": self.slide_rows[:_MAX_LISTED],
-                "caption": _listed("Quarantined slides", len(self.slide_rows)),
-            }
-        if self.region_codes:
-            most = self.regions.most_common(_MAX_LISTED)
-            yield {
-                "columns": ["slide", "regions left out", "reasons"],
-                "rows": [
-                    [slide_id, count, _tally(self.region_codes[slide_id])]
-                    for slide_id, count in most
-                ],
-                "caption": _listed("Slides with quarantined regions", len(self.region_codes)),
-            }
+def _choices(categories: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The menus of the toolbar: whatever has more than one value and not too many."""
+    return [
+        {"name": name, "values": sorted(values[1:])}
+        for name, values in categories.items()
+        if name != "reason" and 2 <= len(values) - 1 <= _MAX_CHOICES
+    ]
 
 
-def _listed(what: str, number: int) -> str:
-    if number <= _MAX_LISTED:
-        return f"{what}: {number:,}"
-    return f"{what}: the first {_MAX_LISTED} of {number:,}, all are in quarantine.parquet"
+def _script() -> str:
+    templates = resources.files("cytoray.report") / "templates"
+    parts = [(templates / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    return "\n".join(['"use strict";', "(function () {", *parts, "})();", ""])
 
 
-def _tally(counts: Mapping[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{name} {count:,}" for name, count in ordered)
+class _Files:
+    """Writes the index and the words of the slides to numbered files; holds one of each."""
 
+    def __init__(self, folder: Path, name: str, categories: Sequence[str]) -> None:
+        self._folder, self._name = folder, name
+        self._codes: dict[str, dict[str, int]] = {c: {"": 0} for c in categories}
+        self._entries: list[dict[str, Any]] = []
+        self._words: list[dict[str, Any]] = []
+        self._count = self._num_index_files = self._num_word_files = 0
 
-@dataclass
-class _Totals:
-    """Sums for the head of the page."""
+    def add(self, entry: dict[str, Any], words: dict[str, Any]) -> None:
+        """Take a slide.
 
-    status: Counter[str] = field(default_factory=Counter)
-    sources: Counter[str] = field(default_factory=Counter)
-    readers: Counter[str] = field(default_factory=Counter)
-    tiles: int = 0
-    nuclei: int = 0
+        Args:
+            entry: its short entry: `id`, numbers by name, texts by category.
+            words: what is shown of it beside.
+        """
+        for category, codes in self._codes.items():
+            entry[category] = codes.setdefault(entry[category], len(codes))
+        self._entries.append(entry)
+        self._words.append(words)
+        self._count += 1
+        if len(self._entries) == INDEX_ROWS_PER_FILE:
+            self._write_index()
+        if len(self._words) == ROWS_PER_FILE:
+            self._write_words()
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        self.status["ok" if row["status"] == "ok" else "quarantined"] += 1
-        self.tiles += row["tiles"] or 0
-        self.nuclei += row["nuclei"] or 0
-        if row["mpp_source"]:
-            self.sources[row["mpp_source"]] += 1
-        if row["reader"]:
-            self.readers[row["reader"]] += 1
-
-    def facts(self, problems: _Problems) -> dict[str, Any]:
+    def close(self) -> dict[str, Any]:
+        """Write what is left; returns what the page must know about the files."""
+        if self._entries:
+            self._write_index()
+        if self._words:
+            self._write_words()
         return {
-            "slides": self.status.total(),
-            "usable": self.status["ok"],
-            "quarantined slides": self.status["quarantined"],
-            "quarantined regions": problems.regions.total(),
-            "tiles": self.tiles,
-            "nuclei": self.nuclei,
-            "mpp from": _tally(self.sources) or None,
-            "readers": _tally(self.readers) or None,
+            "slides": self._count,
+            "prefix": f"qc/{self._name}",
+            "index_files": self._num_index_files,
+            "index_rows": INDEX_ROWS_PER_FILE,
+            "rows": ROWS_PER_FILE,
+            "metrics": METRICS,
+            "categories": {name: list(codes) for name, codes in self._codes.items()},
         }
 
+    def _write_index(self) -> None:
+        columns = {name: [e[name] for e in self._entries] for name in self._entries[0]}
+        self._write("index", self._num_index_files, columns)
+        self._num_index_files += 1
+        self._entries = []
 
-class _RowFiles:
-    """Writes rows to numbered files, 500 in each."""
+    def _write_words(self) -> None:
+        self._write("rows", self._num_word_files, self._words)
+        self._num_word_files += 1
+        self._words = []
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self._folder = folder
-        self._prefix = prefix
-        self._rows: list[dict[str, Any]] = []
-        self._files: list[dict[str, Any]] = []
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == _ROWS_PER_FILE:
-            self._write()
-
-    def close(self) -> list[dict[str, Any]]:
-        """The files written: `[{"src": relative URL, "count": rows in it}]`."""
-        if self._rows:
-            self._write()
-        return self._files
-
-    def _write(self) -> None:
-        name = f"rows-{self._prefix}{len(self._files):05d}.js"
-        # Sent through a page element, never parsed as HTML; escaped all the same.
-        data = json.dumps(self._rows, separators=(",", ":")).replace("<", "\\u003c")
-        atomic_write_text(self._folder / name, f"cytorayRows({json.dumps(name)},{data});\n")
-        self._files.append({"src": f"qc/{name}", "name": name, "count": len(self._rows)})
-        self._rows = []
-
-
-def _row(row: Mapping[str, Any], out: Path, problems: _Problems) -> dict[str, Any]:
-    """One slide as the page's script reads it."""
-    row = json_ready(row)
-    slide_id = str(row["slide_id"])
-    status = str(row.get("status") or "ok")
-    reason = row.get("reason") or "; ".join(problems.slides.get(slide_id, ()))
-    mpp = row.get("mpp_x") or row.get("mpp")
-    size = [row.get("width_px_level0"), row.get("height_px_level0")]
-    bad_regions = problems.regions.get(slide_id, 0)
-    facts = [
-        ["size", f"{size[0]:,} x {size[1]:,} px" if size[0] and size[1] else None],
-        ["um per px", _join(mpp, row.get("mpp_source"))],
-        ["reader", _join(row.get("reader"), row.get("vendor"))],
-        ["foreground", _percent(row.get("foreground_share"))],
-        ["tiles", row.get("num_tiles")],
-        ["nuclei", row.get("num_nuclei")],
-        ["regions left out", bad_regions or None],
-        ["site", row.get("site")],
-        ["path", row.get("path")],
-    ]
-    return {
-        "id": slide_id,
-        "status": status,
-        "reason": str(reason or ""),
-        "share": row.get("foreground_share"),
-        "tiles": row.get("num_tiles"),
-        "nuclei": row.get("num_nuclei"),
-        "regions": bad_regions,
-        "mpp": mpp,
-        "mpp_source": row.get("mpp_source"),
-        "reader": row.get("reader"),
-        "facts": [[name, text_of(value)] for name, value in facts if value not in (None, "")],
-        "images": [_image_url(row, slide_id, kind, out) for kind in IMAGE_KINDS],
-    }
-
-
-def _join(value: Any, source: Any) -> str | None:
-    if value in (None, ""):
-        return None
-    return f"{text_of(value)} ({source})" if source else text_of(value)
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"
-
-
-def _image_url(row: Mapping[str, Any], slide_id: str, kind: str, out: Path) -> str:
-    """URL of a picture relative to the page; empty when there is none."""
-    given = row.get(f"{kind}_path")
-    path = Path(given) if given else Path("qc") / f"{slide_id}.{kind}.jpg"
-    if not given and not (out / path).exists():
-        return ""
-    if path.is_absolute():
-        path = Path(os.path.relpath(path, out.resolve()))
-    return quote(path.as_posix())
+    def _write(self, kind: str, number: int, data: Any) -> None:
+        # Loaded as a script, never parsed as HTML; escaped all the same.
+        text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+        atomic_write_text(
+            self._folder / f"{self._name}-{kind}-{number:05d}.js",
+            f'cytorayQc("{kind}",{number},{text});\n',
+        )

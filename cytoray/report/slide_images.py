@@ -21,8 +21,10 @@ def qc_images(
     nuclei_xy_thumb: np.ndarray,
     max_px: int = QC_IMAGE_PX,
     quality: int = 82,
+    focus: np.ndarray | None = None,
+    focus_span_thumb: tuple[float, float] | None = None,
 ) -> dict[str, bytes]:
-    """The three pictures of a slide's row on the quality page.
+    """The pictures of a slide's row on the quality page.
 
     Args:
         thumbnail: uint8 (h, w, 3).
@@ -30,9 +32,13 @@ def qc_images(
         nuclei_xy_thumb: float (n, 2), nuclei in pixels of `thumbnail`.
         max_px: longest side of the pictures.
         quality: of the JPEG.
+        focus: float (tile_rows, tile_columns), 0 blurred to 1 sharp, NaN unknown; None when it was
+            not measured.
+        focus_span_thumb: (width, height) that the tiles of `focus` cover from the top-left corner,
+            in pixels of `thumbnail`; None: all of it.
 
     Returns:
-        JPEG bytes under `thumbnail`, `foreground`, `density`.
+        JPEG bytes under `thumbnail`, `foreground`, `density` and, where `focus` is given, `focus`.
     """
     thumbnail = check_rgb("thumbnail", thumbnail)
     height, width = thumbnail.shape[:2]
@@ -45,7 +51,29 @@ def qc_images(
         "foreground": fade_background(small, resize_mask(mask, small.shape[:2])),
         "density": blend_density(small, xy),
     }
+    if focus is not None:
+        span = focus_span_thumb or (width, height)
+        images["focus"] = blend_focus(
+            small, focus, (span[0] * size[0] / width, span[1] * size[1] / height)
+        )
     return {name: encode_jpeg(pixels, quality) for name, pixels in images.items()}
+
+
+def focus_image(
+    scores: np.ndarray,
+    thumbnail: np.ndarray,
+    span_thumb: tuple[float, float] | None = None,
+    quality: int = 82,
+) -> bytes:
+    """JPEG of a slide's focus: tiles from purple (blurred) to yellow (sharp) on the pale slide.
+
+    Args:
+        scores: float (tile_rows, tile_columns), 0 blurred to 1 sharp, NaN unknown.
+        thumbnail: uint8 (h, w, 3).
+        span_thumb: see `blend_focus`.
+        quality: of the JPEG.
+    """
+    return encode_jpeg(blend_focus(check_rgb("thumbnail", thumbnail), scores, span_thumb), quality)
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int = 82) -> bytes:
@@ -83,8 +111,7 @@ def blend_density(rgb: np.ndarray, nuclei_xy_px: np.ndarray) -> np.ndarray:
         nuclei_xy_px: float (n, 2) in its pixels; those outside are left out.
     """
     height, width = rgb.shape[:2]
-    grey = 128 + rgb.mean(axis=2, keepdims=True) / 2
-    pale = np.repeat(grey, 3, axis=2)
+    pale = _pale(rgb)
     counts, _, _ = np.histogram2d(
         nuclei_xy_px[:, 1],
         nuclei_xy_px[:, 0],
@@ -99,3 +126,44 @@ def blend_density(rgb: np.ndarray, nuclei_xy_px: np.ndarray) -> np.ndarray:
     colors = matplotlib.colormaps["viridis"](level)[..., :3] * 255
     alpha = np.clip(level * 4, 0, 0.85)[..., None]
     return ((1 - alpha) * pale + alpha * colors).astype(np.uint8)
+
+
+def blend_focus(
+    rgb: np.ndarray, scores: np.ndarray, span_px: tuple[float, float] | None = None
+) -> np.ndarray:
+    """Colour a pale grey copy of `rgb` by the focus of its tiles (viridis from 0 to 1).
+
+    The colours mean the same on every slide. Tiles of unknown focus stay grey.
+
+    Args:
+        rgb: uint8 (h, w, 3).
+        scores: float (tile_rows, tile_columns), 0 blurred to 1 sharp, NaN unknown.
+        span_px: (width, height) that the tiles cover from the top-left corner, in pixels of `rgb`
+            (whole tiles alone exist, so this is a little less than all); None: all of it.
+
+    Raises:
+        ValueError: `scores` has another number of dimensions.
+    """
+    scores = np.asarray(scores, dtype=float)
+    if scores.ndim != 2:
+        raise ValueError(f"focus scores must be (tile_rows, tile_columns), not {scores.shape}")
+    height, width = rgb.shape[:2]
+    pale = _pale(rgb)
+    if not scores.size:
+        return pale.astype(np.uint8)
+    span_x, span_y = span_px or (width, height)
+    columns = np.floor((np.arange(width) + 0.5) / span_x * scores.shape[1]).astype(int)
+    rows = np.floor((np.arange(height) + 0.5) / span_y * scores.shape[0]).astype(int)
+    padded = np.pad(scores, ((0, 1), (0, 1)), constant_values=np.nan)
+    spread = padded[np.minimum(rows, scores.shape[0])][:, np.minimum(columns, scores.shape[1])]
+    known = np.isfinite(spread)
+    level = np.clip(np.where(known, spread, 0.0), 0.0, 1.0)
+    colors = matplotlib.colormaps["viridis"](level)[..., :3] * 255
+    alpha = np.where(known, 0.75, 0.0)[..., None]
+    return ((1 - alpha) * pale + alpha * colors).astype(np.uint8)
+
+
+def _pale(rgb: np.ndarray) -> np.ndarray:
+    """A light grey copy on which colours stand out: float (h, w, 3)."""
+    grey = 128 + rgb.mean(axis=2, keepdims=True) / 2
+    return np.repeat(grey, 3, axis=2)

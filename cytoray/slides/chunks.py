@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 
 from cytoray.errors import SlideError
+from cytoray.slides.focus import FINE_UM
 from cytoray.slides.grid import (
     CHUNK_TILES,
+    MIN_TILE_PX,
     TILES_PER_CHUNK,
     Grid,
     SlideGrid,
@@ -30,6 +32,7 @@ from cytoray.slides.grid import (
 from cytoray.slides.mpp import ResolvedMpp
 from cytoray.slides.readers_base import SlideInfo, SlideReader
 from cytoray.slides.resample import resample
+from cytoray.slides.z_stack import StackReader
 
 __all__ = [
     "CHUNK_TILES",
@@ -65,6 +68,7 @@ class ChunkPixels:
         chunk_x_px, chunk_y_px: position of the chunk's first tile in target pixels on the slide.
         tile_px: side of a tile.
         bad_tiles: message by tile index (0..63) for tiles that cannot be decoded: never use them.
+        z_index: focal plane the pixels come from; 0 where there is one only.
     """
 
     pixels: np.ndarray
@@ -74,6 +78,7 @@ class ChunkPixels:
     chunk_y_px: int
     tile_px: int
     bad_tiles: dict[int, str] = field(default_factory=dict)
+    z_index: int = 0
 
     def tile_offset(self, index: int) -> tuple[int, int]:
         """(x, y) of a tile's corner inside `pixels`."""
@@ -130,11 +135,13 @@ def read_chunk(
     chunk_column: int,
     chunk_row: int,
     halo_px: int = 0,
+    z_index: int | None = None,
 ) -> ChunkPixels:
     """Read one chunk at exactly `grid.mpp`.
 
     When the whole cannot be decoded it is read again piece by piece (tiles, and strips of the
-    halo), so that one damaged spot costs only the tiles it touches.
+    halo), so that one damaged spot costs only the tiles it touches. Of a stack the pieces come
+    from the next plane that can be decoded there.
 
     Args:
         reader: an open slide.
@@ -142,6 +149,8 @@ def read_chunk(
         grid: tile size and mpp.
         chunk_column, chunk_row: which chunk.
         halo_px: margin around the chunk in target pixels, cut at the slide's borders.
+        z_index: which plane of a stack to read; default: the sharpest in the chunk. That is a
+            matter of the chunk without its halo, so it is the same plane for every halo.
 
     Raises:
         SlideError: `too_small` or `mpp_too_coarse`, see `SlideGrid`.
@@ -155,10 +164,15 @@ def read_chunk(
     ys = _edges(top, rows, grid.tile_px, halo_px, layout.height_px)
     x0, y0, x1, y1 = xs[0], ys[0], xs[-1], ys[-1]
     bad_tiles: dict[int, str] = {}
+    chunk = (left, top, columns, rows)
+    front, pieces = reader, reader
+    if isinstance(reader, StackReader):
+        z_index = _sharpest_plane(reader, layout, chunk) if z_index is None else z_index
+        front, pieces = reader.planes[z_index], reader.from_plane(z_index)
     try:
-        pixels = read_region_px(reader, layout, x0, y0, x1 - x0, y1 - y0)
+        pixels = read_region_px(front, layout, x0, y0, x1 - x0, y1 - y0)
     except SlideError:
-        pixels, bad_tiles = _read_pieces(reader, layout, xs, ys, (left, top, columns, rows))
+        pixels, bad_tiles = _read_pieces(pieces, layout, xs, ys, chunk)
     return ChunkPixels(
         pixels=pixels,
         origin_x_px=x0,
@@ -167,7 +181,26 @@ def read_chunk(
         chunk_y_px=top,
         tile_px=grid.tile_px,
         bad_tiles=bad_tiles,
+        z_index=z_index or 0,
     )
+
+
+def _sharpest_plane(stack: StackReader, layout: SlideGrid, chunk: tuple[int, int, int, int]) -> int:
+    """The plane to read of a chunk (left, top, columns and rows of tiles).
+
+    The pixels looked at are as coarse as the focus score allows: a coarse level is quickly read.
+    """
+    left, top, columns, rows = chunk
+    side = layout.grid.tile_px
+    fitting = [
+        factor
+        for factor in range(1, side // MIN_TILE_PX + 1)
+        if side % factor == 0 and layout.grid.mpp * factor <= FINE_UM
+    ]
+    factor = max(fitting, default=1)
+    coarse = replace(layout, grid=Grid(tile_px=side // factor, mpp=layout.grid.mpp * factor))
+    region = (left // factor, top // factor, columns * side // factor, rows * side // factor)
+    return stack.sharpest(lambda plane: read_region_px(plane, coarse, *region), coarse.grid.mpp)
 
 
 def _edges(start: int, tiles: int, tile_px: int, halo_px: int, limit: int) -> list[int]:

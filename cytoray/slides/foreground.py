@@ -2,7 +2,8 @@
 
 Histology thresholds (Otsu on saturation) split a slide of sparse cells inside the background
 noise. Here the background's own colour and noise are measured, and whatever absorbs light beyond
-them is foreground. Black borders, and strokes of marker pen, are taken out.
+them is foreground. Borders, marker pen, and the lines of wells, coverslips, bubbles and fibres are
+taken out.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import cv2
 import numpy as np
 
 from cytoray.errors import SlideError
+from cytoray.slides.artefacts import BLACK_LEVEL, large_artefacts
 from cytoray.slides.grid import SlideGrid
 from cytoray.slides.readers_base import SlideReader
+from cytoray.slides.thin_lines import thin_lines
 
 FOREGROUND_MPP = 4.0
 # Cells are sparse: one 20 um cell in a 112 um tile is 2.5 % of it.
 DEFAULT_KEEP_SHARE = 0.02
 MAX_OVERVIEW_PX = 4096
+SAMPLED_PX = 500_000
 
-BLACK_LEVEL = 25
 # Optical density below which no stain counts, whatever the noise; faint cytoplasm is near 0.06.
 MIN_OPTICAL_DENSITY = 0.045
 NOISE_SIGMAS = 5.0
 MIN_OBJECT_UM = 10.0
-PEN_WIDTH_UM = 250.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,8 @@ def background_rgb(rgb: np.ndarray) -> np.ndarray:
     Returns:
         float64 (3,) in 0..255.
     """
-    pixels = rgb.reshape(-1, 3)
+    step = _sampling(rgb)
+    pixels = rgb[::step, ::step].reshape(-1, 3)
     lowest, highest = pixels.min(axis=1), pixels.max(axis=1)
     scanned = (highest > BLACK_LEVEL) & (lowest < 254)
     if scanned.mean() < 0.02:
@@ -111,6 +114,11 @@ def background_rgb(rgb: np.ndarray) -> np.ndarray:
     return np.median(pixels[near] if near.any() else pixels, axis=0)
 
 
+def _sampling(picture: np.ndarray) -> int:
+    """Step at which a picture is sampled where only its distribution matters."""
+    return max(1, int((picture.shape[0] * picture.shape[1] / SAMPLED_PX) ** 0.5))
+
+
 def optical_density(rgb: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Light absorbed relative to the empty field, in log10 units, root-sum-square over channels.
 
@@ -123,10 +131,11 @@ def optical_density(rgb: np.ndarray, background: np.ndarray) -> np.ndarray:
     """
     levels = np.arange(256, dtype=np.float32)[:, None]
     table = np.log10((background[None].astype(np.float32) + 1) / (levels + 1)).clip(min=0)
-    squared = np.zeros(rgb.shape[:2], np.float32)
-    for channel in range(3):
-        squared += np.square(table[:, channel])[rgb[..., channel]]
-    return np.sqrt(squared)
+    squared = np.square(table).astype(np.float32)
+    red, green, blue = (cv2.LUT(c, squared[:, i]) for i, c in enumerate(cv2.split(rgb)))
+    cv2.add(red, green, red)
+    cv2.add(red, blue, red)
+    return cv2.sqrt(red)
 
 
 def foreground_mask(rgb: np.ndarray, mpp: float) -> np.ndarray:
@@ -137,86 +146,42 @@ def foreground_mask(rgb: np.ndarray, mpp: float) -> np.ndarray:
         mpp: um per pixel of `rgb`, about 4.
 
     Returns:
-        bool (h, w): True on cells and other stained matter; False on the empty field, on black
-        borders, on parts never scanned (white), and on pen strokes.
+        bool (h, w): True on cells and other stained matter; False on the empty field, on parts
+        never scanned (white), and on what `large_artefacts` and `thin_lines` find.
     """
     background = background_rgb(rgb)
     smooth = cv2.GaussianBlur(rgb, (0, 0), max(0.3, 3.0 / mpp))
     density = optical_density(smooth, background)
-    mask = density > _density_threshold(density)
-    excluded = black_border(rgb, mpp) | pen_strokes(smooth, density, mpp)
-    mask &= ~excluded
+    mask = density > _density_threshold(smooth, background)
+    mask &= ~large_artefacts(rgb, density, mpp)
+    mask &= ~thin_lines(mask, density, mpp)
     # A speck narrower than a small nucleus is dust or noise.
     side = max(1, round(MIN_OBJECT_UM / mpp))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     return cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, kernel).astype(bool)
 
 
-def _density_threshold(density: np.ndarray) -> float:
+def _density_threshold(smooth: np.ndarray, background: np.ndarray) -> float:
     """Optical density that the empty field's noise does not reach.
 
-    The noise is measured on the faint side (the lower half of the pixels under the least
-    threshold's double), where there are no cells.
-    """
-    field = density[density < 2 * MIN_OPTICAL_DENSITY]
-    if field.size == 0:
-        return MIN_OPTICAL_DENSITY
-    middle = float(np.median(field))
-    spread = 1.4826 * float(np.median(np.abs(field - middle)))
-    return float(np.clip(middle + NOISE_SIGMAS * spread, MIN_OPTICAL_DENSITY, 0.12))
-
-
-def black_border(rgb: np.ndarray, mpp: float) -> np.ndarray:
-    """Areas of pure black that touch the picture's edge or are wider than 200 um; bool (h, w)."""
-    black = (rgb.max(axis=2) <= BLACK_LEVEL).astype(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(black, connectivity=8)
-    if count <= 1:
-        return np.zeros(black.shape, bool)
-    height, width = black.shape
-    left, top = stats[:, cv2.CC_STAT_LEFT], stats[:, cv2.CC_STAT_TOP]
-    w, h = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]
-    at_edge = (left == 0) | (top == 0) | (left + w == width) | (top + h == height)
-    large = (np.maximum(w, h) * mpp > 200) & (stats[:, cv2.CC_STAT_AREA] * mpp**2 > 100**2)
-    border = at_edge | large
-    border[0] = False
-    chosen = border[labels].astype(np.uint8)
-    # The rim of a border is blended with its neighbour.
-    return cv2.dilate(chosen, np.ones((5, 5), np.uint8)).astype(bool)
-
-
-def pen_strokes(smooth: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
-    """Marker pen: opaque or strongly coloured, even, and wider than any group of cells is even.
-
     Args:
-        smooth: uint8 (h, w, 3).
-        density: float32 (h, w), see `optical_density`.
-        mpp: um per pixel.
+        smooth: uint8 (h, w, 3), blurred as the picture the threshold is for.
+        background: (3,) colour of the empty field.
 
-    Returns:
-        bool (h, w).
+    The commonest density among the faint ones is the field's. Its noise is measured on the brighter
+    side, where there are no cells: pale cytoplasm would pass for noise on the other.
     """
-    value = smooth.max(axis=2).astype(np.float32)
-    lowest = smooth.min(axis=2).astype(np.float32)
-    saturation = (value - lowest) / np.maximum(value, 1)
-    green_or_blue = smooth[..., 0] < np.maximum(smooth[..., 1], smooth[..., 2])
-    ink = ((saturation > 0.55) & green_or_blue) | (value < 60)
-    # Stained groups show nuclei on cytoplasm; ink is even.
-    mean = cv2.blur(density, (5, 5))
-    variance = cv2.blur(density * density, (5, 5)) - mean * mean
-    even = np.sqrt(np.maximum(variance, 0)) < 0.12 * np.maximum(mean, 0.2)
-    core = (ink & even).astype(np.uint8)
-    side = max(3, round(PEN_WIDTH_UM / mpp))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-    seeds = cv2.morphologyEx(core, cv2.MORPH_OPEN, kernel)
-    if not seeds.any():
-        return np.zeros(core.shape, bool)
-    count, labels = cv2.connectedComponents(ink.astype(np.uint8), connectivity=8)
-    touched = np.zeros(count, bool)
-    touched[np.unique(labels[seeds > 0])] = True
-    touched[0] = False
-    strokes = touched[labels].astype(np.uint8)
-    rim = max(3, round(40.0 / mpp)) | 1
-    return cv2.dilate(strokes, np.ones((rim, rim), np.uint8)).astype(bool)
+    step = _sampling(smooth)
+    grey = smooth[::step, ::step].mean(axis=2, dtype=np.float32)
+    signed = np.log10((background.mean() + 1) / (grey + 1)) * 3**0.5
+    faint = signed[np.abs(signed) < 2 * MIN_OPTICAL_DENSITY]
+    if faint.size == 0:
+        return MIN_OPTICAL_DENSITY
+    counts, edges = np.histogram(faint, bins=72, range=(-0.09, 0.09))
+    field = float(edges[int(np.argmax(np.convolve(counts, np.ones(5), mode="same")))]) + 0.00125
+    brighter = field - faint[(faint < field) & (faint > field - 0.03)]
+    spread = 1.4826 * float(np.median(brighter)) if brighter.size else 0.0
+    return float(np.clip(field + NOISE_SIGMAS * spread, MIN_OPTICAL_DENSITY, 0.12))
 
 
 def tile_shares(mask: np.ndarray, mask_mpp_x: float, mask_mpp_y: float, layout: SlideGrid):

@@ -19,6 +19,8 @@ CHUNK_TILES = 8
 TILES_PER_CHUNK = CHUNK_TILES * CHUNK_TILES
 # A slide may be this much coarser than the grid; beyond it, pixels would be invented.
 MAX_ENLARGEMENT = 2.1
+MIN_TILE_PX = 16
+MAX_TILE_PX = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,10 @@ class Grid:
         problems = []
         if isinstance(self.tile_px, bool) or not isinstance(self.tile_px, int):
             problems.append(f"tile_px must be a whole number, not {self.tile_px!r}")
-        elif not 16 <= self.tile_px <= 1024:
-            problems.append(f"tile_px must be between 16 and 1024, not {self.tile_px}")
+        elif not MIN_TILE_PX <= self.tile_px <= MAX_TILE_PX:
+            problems.append(
+                f"tile_px must be between {MIN_TILE_PX} and {MAX_TILE_PX}, not {self.tile_px}"
+            )
         if not 0.05 <= self.mpp <= 20:
             problems.append(f"mpp must be between 0.05 and 20 um per pixel, not {self.mpp}")
         raise_problems("the tile grid is not usable:", problems)

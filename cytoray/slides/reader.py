@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
 from cytoray.errors import SlideError, choose
 from cytoray.slides.readers_base import SlideInfo, SlideReader, check_file
 from cytoray.slides.readers_image import IMAGE_SUFFIXES, ImageReader, tiff_resolution_mpp
 from cytoray.slides.readers_openslide import OpenSlideReader
 from cytoray.slides.readers_tiff import NotNativeError, TiffReader, verify_against
+from cytoray.slides.remote import StagedSlide, default_cache, is_remote, local_path, redact
 
 __all__ = ["READERS", "SlideInfo", "SlideReader", "open_slide"]
 
@@ -18,7 +21,8 @@ def open_slide(path: str, *, reader: str = "auto", verify: bool = True) -> Slide
     """Open a slide for reading; use it as a context manager.
 
     Args:
-        path: a local file.
+        path: a local file, or any URL that fsspec knows; that file is brought to this node's
+            cache first and stays there at least as long as the reader is open.
         reader: `auto` (the fast tile reader where its pixels equal OpenSlide's, else OpenSlide,
             else a plain picture), or one of `tiff`, `openslide`, `image` to insist.
         verify: compare the fast reader with OpenSlide at opening (tens of milliseconds). Pass
@@ -31,11 +35,43 @@ def open_slide(path: str, *, reader: str = "auto", verify: bool = True) -> Slide
         InputError: an unknown reader name.
         SlideError: `missing_file`, `empty_file`, `unreadable_file`, `truncated`, `not_a_slide`,
             `decode_error`, `image_too_large`, or `reader_unfit` when the reader insisted on
-            cannot serve the file.
+            cannot serve the file; for a URL also the codes of `SlideCache.stage`.
     """
     opener = READERS[choose("slide reader", reader, READERS)]
+    if is_remote(path):
+        return _open_staged(path, opener, verify)
+    path = local_path(path)
     check_file(path)
     return opener(path, verify)
+
+
+class StagedReader(SlideReader):
+    """A reader of a file in the node's cache, which may be removed once this is closed."""
+
+    def __init__(self, reader: SlideReader, staged: StagedSlide) -> None:
+        self.info = reader.info
+        self._reader = reader
+        self._staged = staged
+
+    def close(self) -> None:
+        self._reader.close()
+        self._staged.release()
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        return self._reader.read_level(level, x, y, width, height)
+
+
+def _open_staged(url: str, opener: Callable[[str, bool], SlideReader], verify: bool) -> SlideReader:
+    staged = default_cache().stage(url)
+    try:
+        check_file(staged.path)
+        return StagedReader(opener(staged.path, verify), staged)
+    except BaseException as error:
+        staged.release()
+        if not isinstance(error, SlideError):
+            raise
+        message = error.message.replace(staged.path, redact(url))
+        raise SlideError(error.code, message, error.region) from error
 
 
 def _open_auto(path: str, verify: bool) -> SlideReader:

@@ -31,7 +31,8 @@ class SlideInfo:
         mpp_x, mpp_y: um per level-0 pixel as the file states it; None when absent or implausible.
         objective_power: e.g. 20.0 or 40.0; None when absent.
         vendor: the container, e.g. `aperio`, `generic-tiff`, `image`.
-        reader: which reader of the ladder serves the pixels: `tiff`, `openslide` or `image`.
+        reader: which reader of the ladder serves the pixels: `tiff`, `openslide`, `ome` or
+            `image`.
         reader_reason: why that reader, in a sentence.
     """
 
@@ -72,6 +73,9 @@ class SlideReader(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the file; reading afterwards is an error."""
+
+    def limit_cache(self, cache_bytes: int) -> None:  # noqa: B027 - not every reader has one
+        """Keep at most so many bytes of decoded pixels; a reader that keeps none ignores it."""
 
     @abstractmethod
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
 import numpy as np
 import openslide
@@ -12,6 +13,10 @@ from cytoray.slides.readers_base import SlideInfo, SlideReader, level_downsample
 
 MIN_CACHE_BYTES = 32 << 20
 MAX_CACHE_BYTES = 256 << 20
+# What an error quotes from the file (a line of its index, a property), and unique identifiers.
+_FROM_FILE = re.compile(
+    r"(?<!\w)[\"'\u201c\u2018`].*[\"'\u201d\u2019`]|\d+(?:\.\d+){4,}", re.DOTALL
+)
 
 
 class OpenSlideReader(SlideReader):
@@ -47,6 +52,10 @@ class OpenSlideReader(SlideReader):
     def _set_cache(self) -> None:
         self._slide.set_cache(openslide.OpenSlideCache(self._cache_bytes))
 
+    def limit_cache(self, cache_bytes: int) -> None:
+        self._cache_bytes = min(self._cache_bytes, cache_bytes)
+        self._set_cache()
+
     def close(self) -> None:
         self._slide.close()
 
@@ -64,7 +73,7 @@ class OpenSlideReader(SlideReader):
         except (openslide.OpenSlideError, ctypes.ArgumentError) as error:
             region = f"level {level} x {x} y {y} {width}x{height}"
             self._reopen()
-            raise SlideError("decode_error", f"OpenSlide: {error}", region) from error
+            raise SlideError("decode_error", f"OpenSlide: {_reason(error)}", region) from error
         return flatten_alpha(rgba, self._background_rgb)
 
 
@@ -88,7 +97,14 @@ def _open(path: str) -> openslide.OpenSlide:
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideError("not_a_slide", f"no reader knows the format of {path}") from error
     except (openslide.OpenSlideError, OSError) as error:
-        raise SlideError("decode_error", f"OpenSlide cannot open {path}: {error}") from error
+        raise SlideError(
+            "decode_error", f"OpenSlide cannot open {path}: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What OpenSlide says, without what it quotes from the file: that may name a patient."""
+    return _FROM_FILE.sub("(...)", str(error))
 
 
 def _background(slide: openslide.OpenSlide) -> tuple[int, int, int]:

@@ -77,6 +77,9 @@ class TiffReader(SlideReader):
         self._file.close()
         self.clear_cache()
 
+    def limit_cache(self, cache_bytes: int) -> None:
+        self._cache_bytes = cache_bytes
+
     def clear_cache(self) -> None:
         """Forget all decoded tiles."""
         self._cache.clear()
@@ -261,7 +264,8 @@ def _probes(info: SlideInfo, level: int) -> list[tuple[int, int, int, int]]:
     if abs(quotient - round(quotient)) > 1e-9 or info.height_px_level0 % height:
         return [(0, 0, w, h)]
     side_w, side_h = min(width, 130), min(height, 130)
-    middle = (max(0, width // 2 - 77), max(0, height // 2 - 51), min(w, side_w), min(h, side_h))
+    left, top = min(max(0, width // 2 - 77), width - side_w), height // 2 - 51
+    middle = (left, min(max(0, top), height - side_h), side_w, side_h)
     far = (width - side_w, height - side_h, side_w, side_h)
     return [(0, 0, side_w, side_h), middle, far]
 

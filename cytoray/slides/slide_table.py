@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from cytoray.errors import InputError, SlideError
-from cytoray.io import write_parquet_atomic
 from cytoray.slides.foreground import DEFAULT_KEEP_SHARE, Foreground, slide_foreground
 from cytoray.slides.grid import Grid, SlideGrid
 from cytoray.slides.mpp import ResolvedMpp, resolve_mpp
 from cytoray.slides.quarantine import row_from_error
 from cytoray.slides.reader import SlideInfo, open_slide
+from cytoray.slides.remote import is_remote, local_path, remote_fingerprint
+from cytoray.spool import SPOOL_ROWS, iter_taken, spool_rows, spool_table, write_parquet_batches
+
+# Arrow makes its compute functions at import, where a type checker cannot see them.
+pc: Any = pyarrow.compute
 
 STATUS_OK = "ok"
 
 # Sizes in level-0 pixels, mpp in um per level-0 pixel. keep_masks: one uint64 per chunk in
 # row-major order on the grid (grid_mpp, grid_tile_px), bit i set where tile i is used.
-# num_nuclei is null until nuclei are detected. status is `ok` or the quarantine's reason code.
+# num_nuclei is null until nuclei are detected. z_paths, z_planes: of a slide of several focal
+# planes the planes' files (null where one file holds them), and the plane each chunk is read from.
+# status is `ok` or the quarantine's reason code.
 SLIDE_SCHEMA = pa.schema(
     [
         ("slide_id", pa.string()),
@@ -48,6 +56,10 @@ SLIDE_SCHEMA = pa.schema(
         ("keep_masks", pa.list_(pa.uint64())),
         ("num_tiles", pa.int64()),
         ("num_nuclei", pa.int64()),
+        ("focus_median", pa.float32()),
+        ("out_of_focus_share", pa.float32()),
+        ("z_paths", pa.list_(pa.string())),
+        ("z_planes", pa.list_(pa.uint8())),
         ("status", pa.string()),
         ("file_size_bytes", pa.int64()),
         ("file_mtime_ns", pa.int64()),
@@ -71,9 +83,14 @@ def slide_schema(manifest_schema: pa.Schema, label_columns: Iterable[str]) -> pa
 
 
 def fingerprint(path: str) -> tuple[int | None, int | None]:
-    """(size in bytes, modification time in ns) of a file; (None, None) when there is none."""
+    """(size in bytes, modification time in ns) of a file; (None, None) when there is none.
+
+    For a URL as the store states them: one look-up, remembered by the process.
+    """
+    if is_remote(path):
+        return remote_fingerprint(path)
     try:
-        status = os.stat(path)
+        status = os.stat(local_path(path))
     except OSError:
         return None, None
     return status.st_size, status.st_mtime_ns
@@ -166,34 +183,61 @@ def write_slide_table(
 ) -> pa.Table:
     """Write the slide table sorted by slide_id, whole or not at all; returns it.
 
+    The file depends on the rows alone, not on the order they come in; a few thousand of them are
+    held in memory at once, and the table returned is backed by a temporary file.
+
     Args:
         rows: rows of `inspect_slide`; keys not in `schema` are left out.
         path: a Parquet file.
         schema: see `slide_schema`.
     """
-    ordered = sorted(rows, key=lambda row: row["slide_id"])
-    plain = [{name: row.get(name) for name in schema.names} for row in ordered]
-    table = pa.Table.from_pylist(plain, schema)
-    write_parquet_atomic(table, path)
+    table = spool_rows(rows, schema)
+    order = pc.sort_indices(table["slide_id"]).to_numpy()
+    if (order[1:] < order[:-1]).any():
+        table = spool_table(iter_taken(table, order.astype(np.int64), SPOOL_ROWS), schema)
+    write_parquet_batches(table, path)
     return table
 
 
-def read_slide_table(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a slide table.
+def iter_slide_table(
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a slide table in batches, in its order.
+
+    Args:
+        path: a Parquet file.
+        columns: those wanted; None: all.
 
     Raises:
         InputError: there is none, or it is not a slide table.
     """
+    with _open_slide_table(path) as file:
+        yield from file.iter_batches(SPOOL_ROWS, columns=columns, use_threads=False)
+
+
+def read_slide_table(path: str | os.PathLike[str]) -> pa.Table:
+    """Read a slide table; it is backed by a temporary file, not by memory.
+
+    Raises:
+        InputError: there is none, or it is not a slide table.
+    """
+    with _open_slide_table(path) as file:
+        batches = file.iter_batches(SPOOL_ROWS, use_threads=False)
+        return spool_table(batches, file.schema_arrow.remove_metadata())
+
+
+def _open_slide_table(path: str | os.PathLike[str]) -> pq.ParquetFile:
     if not os.path.isfile(path):
         raise InputError(f"no slide table at {os.fspath(path)}; run `cytoray index` first")
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path, buffer_size=1 << 20)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"slide table {os.fspath(path)} cannot be read: {error}") from error
-    missing = [name for name in SLIDE_SCHEMA.names if name not in table.column_names]
+    missing = [name for name in SLIDE_SCHEMA.names if name not in file.schema_arrow.names]
     if missing:
+        file.close()
         raise InputError(
             f"{os.fspath(path)} is not a slide table of this version (it lacks "
             f"{', '.join(missing)}); run `cytoray index` again"
         )
-    return table
+    return file

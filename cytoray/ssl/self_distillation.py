@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,14 +63,16 @@ class DINONetwork(nn.Module):
         self.cls_head = cls_head
         self.patch_head = patch_head
 
-    def project(self, cls: Tensor, patches: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits of class tokens (n, D) and of masked patches (M, D); a shared head runs once."""
+    def project(
+        self, cls: Sequence[Tensor], patches: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Logits of blocks of class tokens (n, D) and of masked patches (M, D)."""
         if patches is None:
-            return self.cls_head(cls), None
+            return self.cls_head.forward_parts(cls), None
         if self.patch_head is not None:
-            return self.cls_head(cls), self.patch_head(patches)
-        both = self.cls_head(torch.cat([cls, patches]))
-        return both[: cls.shape[0]], both[cls.shape[0] :]
+            return self.cls_head.forward_parts(cls), self.patch_head(patches)
+        *logits, patch_logits = self.cls_head.forward_parts([*cls, patches])
+        return logits, patch_logits
 
 
 class SelfDistillation(Method):
@@ -151,7 +154,7 @@ class SelfDistillation(Method):
         chosen = None
         if masked is not None:
             chosen = tokens.patches.flatten(0, 1).index_select(0, masked.index)
-        cls, patches = self.teacher.project(tokens.cls, chosen)
+        (cls,), patches = self.teacher.project([tokens.cls], chosen)
         with torch.autocast(images.device.type, enabled=False):
             temp = context.teacher_temp
             cls = self.cls_targets(cls, temp=temp)
@@ -180,11 +183,11 @@ class SelfDistillation(Method):
         chosen = None
         if masked is not None:
             chosen = tokens.patches.flatten(0, 1).index_select(0, masked.index)
-        logits, patch_logits = self.student.project(torch.cat(cls), chosen)
+        logits, patch_logits = self.student.project(cls, chosen)
         with torch.autocast(images.device.type, enabled=False):
-            local_logits = logits[tiles * views :].unflatten(0, (tiles, -1)) if cls[1:] else None
+            local_logits = logits[1].unflatten(0, (tiles, -1)) if logits[1:] else None
             return self._losses(
-                logits[: tiles * views].unflatten(0, (tiles, views)),
+                logits[0].unflatten(0, (tiles, views)),
                 local_logits,
                 patch_logits,
                 tokens.cls.unflatten(0, (tiles, views)),

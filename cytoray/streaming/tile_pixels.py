@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cytoray.errors import SlideError
 from cytoray.slides import (
@@ -14,9 +15,10 @@ from cytoray.slides import (
     ResolvedMpp,
     SlideGrid,
     SlideReader,
+    StackReader,
     chunk_id,
     mask_indices,
-    open_slide,
+    open_row,
     parse_tile_id,
     read_chunk,
     read_region_px,
@@ -27,6 +29,9 @@ from cytoray.streaming.plan import ReadPlan
 _OPEN_SLIDES = 4
 SLIDE_COLUMNS = ("slide_id", "path", "mpp_x", "mpp_y", "mpp_source", "reader",
                  "width_px_level0", "height_px_level0")  # fmt: skip
+# Of slides with several focal planes: their files (null where one file holds them), and the plane
+# to read of every chunk. Both null for plain slides.
+STACK_COLUMNS = ("z_paths", "z_planes")
 
 
 class OpenSlides:
@@ -39,7 +44,8 @@ class OpenSlides:
 
     def row(self, slide: int) -> dict[str, Any]:
         """The slide's row of the slide table, as far as reading needs it."""
-        return {name: self.plan.slides.column(name)[slide].as_py() for name in SLIDE_COLUMNS}
+        slides = self.plan.slides
+        return {name: slides.column(name)[slide].as_py() for name in SLIDE_COLUMNS}
 
     def layout(self, slide: int) -> tuple[ResolvedMpp, SlideGrid]:
         """Scale and grid of a slide."""
@@ -55,8 +61,15 @@ class OpenSlides:
         Raises:
             SlideError: the slide cannot be opened any more.
         """
-        scale, _ = self.layout(slide)
-        return read_chunk(self._reader(slide), scale, self.grid, *place, halo_px=halo_px)
+        scale, layout = self.layout(slide)
+        return read_chunk(
+            self._reader(slide),
+            scale,
+            self.grid,
+            *place,
+            halo_px=halo_px,
+            z_index=self._plane(slide, layout.chunk_index(*place)),
+        )
 
     def read_tile(self, slide: int, name: str) -> np.ndarray:
         """Read one tile by its id; uint8 (S, S, 3).
@@ -67,7 +80,13 @@ class OpenSlides:
         _, _, column, row, index = parse_tile_id(name)
         _, layout = self.layout(slide)
         rectangle = layout.tile_rect_px(column, row, index)
-        return read_region_px(self._reader(slide), layout, *rectangle)
+        reader = self._reader(slide)
+        if isinstance(reader, StackReader):
+            z_index = self._plane(slide, layout.chunk_index(column, row))
+            if z_index is None:
+                z_index = self.read(slide, (column, row)).z_index
+            reader = reader.from_plane(z_index)
+        return read_region_px(reader, layout, *rectangle)
 
     def thumbnail(self, slide: int, max_px: int) -> np.ndarray:
         """The whole slide, small; uint8 (h, w, 3)."""
@@ -77,11 +96,33 @@ class OpenSlides:
         if slide in self._open:
             self._open.move_to_end(slide)
         else:
-            row = self.row(slide)
-            self._open[slide] = open_slide(row["path"], reader=row["reader"], verify=False)
-            while len(self._open) > _OPEN_SLIDES:
-                self._open.popitem(last=False)[1].close()
+            self._close(keep=_OPEN_SLIDES - 1)
+            try:
+                self._open[slide] = self._opened(slide)
+            except SlideError as error:
+                if error.code != "cache_busy":
+                    raise
+                self._close(keep=0)  # else processes that want room wait for each other
+                self._open[slide] = self._opened(slide)
         return self._open[slide]
+
+    def _opened(self, slide: int) -> SlideReader:
+        row = self.row(slide) | {"z_paths": self._value("z_paths", slide).as_py()}
+        return open_row(row, reader=row["reader"], verify=False)
+
+    def _close(self, keep: int) -> None:
+        while len(self._open) > keep:
+            self._open.popitem(last=False)[1].close()
+
+    def _plane(self, slide: int, chunk_index: int) -> int | None:
+        """The focal plane the index chose for a chunk; None where there was nothing to choose."""
+        planes = self._value("z_planes", slide)
+        return planes.values[chunk_index].as_py() if planes.is_valid else None
+
+    def _value(self, name: str, slide: int) -> Any:
+        """An Arrow scalar of a column that the table need not have."""
+        slides = self.plan.slides
+        return slides.column(name)[slide] if name in slides.column_names else pa.scalar(None)
 
 
 class ChunkTiles:
@@ -113,12 +154,11 @@ class ChunkTiles:
         except SlideError as error:
             chunk, failure = None, str(error)
         size = self.plan.tile_px
-        pixels = np.zeros((len(indices), size, size, 3), np.uint8)
+        pixels = np.empty((len(indices), size, size, 3), np.uint8)
         errors = []
         for i, index in enumerate(indices):
             errors.append(failure or (chunk.bad_tiles.get(index, "") if chunk else ""))
-            if chunk is not None and not errors[-1]:
-                pixels[i] = chunk.tile(index)
+            pixels[i] = 0 if chunk is None or errors[-1] else chunk.tile(index)
         return {
             "slide": np.full(len(indices), slide, np.int64),
             "tile_id": np.array([tile_id(name, index) for index in indices]),

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.made_study import make_study
 from cytoray.distributed.cluster import Shared
-from cytoray.distributed.pool import PacedTrial, Pool, pool_size
 from cytoray.distributed.search import AshaByGroup, Halving, run_search
 from cytoray.distributed.trials import MetricsFile, SearchSettings, TrialSpec, read_result
+from cytoray.distributed.tuner import PacedTrial, pool_size
 from cytoray.errors import InputError
 from cytoray.io import atomic_write_text
 from cytoray.mil import MILConfig, open_bags
@@ -146,10 +146,10 @@ def test_few_processes_run_many_trials_and_none_twice(settings, tmp_path) -> Non
     seen: list[str] = []
     with Progress("t") as progress:
         options = {"progress": progress, "max_concurrent": 2}
-        first = run_search(specs[:3], settings, **options)[0]
+        first = run_search(specs[:3], settings, tmp_path, **options)[0]
         times = {s.key: os.stat(tmp_path / s.key / "result.json").st_mtime_ns for s in specs[:3]}
         results, failed = run_search(
-            specs, settings, on_result=lambda r: seen.append(r["key"]), **options
+            specs, settings, tmp_path, on_result=lambda r: seen.append(r["key"]), **options
         )
     assert [r["key"] for r in results][:3] == [r["key"] for r in first]
     for key, before in times.items():
@@ -182,7 +182,7 @@ def test_bad_trials_end_early_and_leave_their_result(settings, tmp_path) -> None
     ]
     with Progress("t") as progress:
         results, failed = run_search(
-            specs, settings, progress=progress, max_concurrent=1,
+            specs, settings, tmp_path, progress=progress, max_concurrent=1,
             halving=Halving(grace_epochs=4, reduction=2.0),
         )  # fmt: skip
     assert failed == {}
@@ -192,7 +192,6 @@ def test_bad_trials_end_early_and_leave_their_result(settings, tmp_path) -> None
 
 
 @pytest.mark.ray
-def test_the_pool_fits_the_cluster(settings) -> None:
+def test_as_many_trials_at_a_time_as_fit_the_cluster(settings) -> None:
     assert pool_size(settings, 0) == 8
     assert pool_size(settings, 3) == 3
-    assert Pool([], settings, 4).run() == {}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ import pytest
 
 from cytoray.distributed.cluster import Shared, share_cpus
 from cytoray.distributed.dealer import start_dealer
-from cytoray.distributed.tile_stream import TileBatch, TileStream, replace_invalid
+from cytoray.distributed.tile_stream import Ahead, TileBatch, TileStream, replace_invalid
 from cytoray.perturb import CROP_POLICIES
 from cytoray.streaming import ChunkOrder, StreamPosition
 from cytoray.streaming.tiles import TileReaderConfig
@@ -54,6 +56,48 @@ def test_a_readable_batch_is_left_alone() -> None:
 def test_a_batch_without_one_readable_tile_ends_the_run() -> None:
     with pytest.raises(RuntimeError, match=r"no tile of a batch could be read; the first: torn"):
         replace_invalid(batch_of(["torn", "lost"]))
+
+
+def taken(busy_s: float, ready_after_s: float) -> tuple[float, float]:
+    """Take a batch made ready late, on a device that is busy for a while: (waited, in all)."""
+    ahead, waits = Ahead(2), []
+    began = time.perf_counter()
+    threading.Timer(ready_after_s, ahead.put, ["batch"]).start()
+    item, wait_s = ahead.take(
+        lambda: time.perf_counter() - began < busy_s, lambda: waits.append(time.perf_counter())
+    )
+    assert item == "batch"
+    assert len(waits) == (busy_s < ready_after_s)
+    return wait_s, time.perf_counter() - began
+
+
+def test_waiting_counts_from_when_the_device_has_nothing_to_do() -> None:
+    wait_s, seconds = taken(busy_s=0.3, ready_after_s=0.6)
+    assert 0.2 < wait_s < seconds - 0.25
+    wait_s, seconds = taken(busy_s=0.0, ready_after_s=0.3)
+    assert wait_s > 0.25
+    wait_s, seconds = taken(busy_s=30.0, ready_after_s=0.3)  # ends when the batch is there
+    assert wait_s < 0.05
+    assert seconds < 5
+
+
+def test_no_more_is_fetched_ahead_than_asked_and_closing_ends_it() -> None:
+    ahead = Ahead(2)
+    done = []
+
+    def fill() -> None:
+        for i in range(4):
+            ahead.put(i)
+            done.append(i)
+
+    filling = threading.Thread(target=fill, daemon=True)
+    filling.start()
+    time.sleep(0.1)
+    assert done == [0, 1]
+    assert ahead.take(lambda: False, lambda: None)[0] == 0
+    ahead.close()
+    filling.join(timeout=5)
+    assert done == [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")

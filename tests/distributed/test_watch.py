@@ -14,10 +14,6 @@ STEP = {
     "event": "step",
     "loss": 2.5,
     "tiles_per_s": 50.0,
-    "train_ms_per_tile": 4.0,
-    "read_ms_per_tile": 1.0,
-    "detect_ms_per_tile": 9.0,
-    "perturb_ms_per_tile": 2.0,
 }
 
 
@@ -69,14 +65,6 @@ def test_a_line_still_being_written_is_shown_once_it_is_whole(folder) -> None:
         watch.read()
         stream.write(line[30:] + b"\n")
     assert text.getvalue().count("7/10 steps") == 1
-
-
-@pytest.mark.parametrize(
-    ("wait_share", "expected"), [(0.02, "train (4.0 ms/tile)"), (0.5, "detect (9.0 ms/tile")]
-)
-def test_the_slow_side_is_named(folder, wait_share: float, expected: str) -> None:
-    text = shown(folder, [STEP | {"step": 5, "wait_share": wait_share}])
-    assert f"bottleneck: {expected}" in text
 
 
 def test_a_value_that_is_not_finite_does_not_end_the_display(folder) -> None:

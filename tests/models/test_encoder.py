@@ -139,7 +139,7 @@ def test_poolings(tmp_path, weights, pooling):
 def test_unknown_names_and_bad_descriptions(tmp_path):
     with pytest.raises(InputError, match=r"did you mean .*vit_tiny_patch16_224"):
         load_encoder("vit_tiny_patch16_22")
-    with pytest.raises(InputError, match=r"cannot make encoder .*dpeth"):
+    with pytest.raises(InputError, match=r"cannot be loaded.*dpeth"):
         load_encoder("vit_tiny_patch16_224", pretrained=False, kwargs={"dpeth": 3})
     with pytest.raises(InputError, match=r"(?s)pooling 'max'.*mpp must be above 0"):
         _spec(pooling="max", mpp=-1.0)

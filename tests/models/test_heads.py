@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from cytoray.models.heads import DINOHead, PrototypeLayer
+from cytoray.models.heads import DINOHead, PrototypeLayer, _UnitRows
 
 
 def _reference(head: DINOHead, x: torch.Tensor) -> torch.Tensor:
@@ -51,3 +51,28 @@ def test_no_rows_still_reach_every_parameter():
 
 def test_number_of_layers():
     assert len(DINOHead(4, 5, num_layers=1, bottleneck_dim=3).mlp) == 1
+
+
+def test_parts_have_the_logits_and_gradients_of_the_whole():
+    torch.manual_seed(0)
+    head = DINOHead(12, 20, hidden_dim=16, bottleneck_dim=8)
+    parts = [torch.randn(n, 12) for n in (3, 0, 5)]
+    logits = head.forward_parts(parts)
+    assert [len(part) for part in logits] == [3, 0, 5]
+    whole = head(torch.cat(parts))
+    torch.testing.assert_close(torch.cat(logits), whole)
+    seeds = torch.randn_like(whole)
+    got = torch.autograd.grad((torch.cat(logits) * seeds).sum(), list(head.parameters()))
+    wanted = torch.autograd.grad((whole * seeds).sum(), list(head.parameters()))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_unit_rows_differentiate_as_normalize():
+    layer = PrototypeLayer(8, 5)
+    assert torch.autograd.gradcheck(lambda w: _UnitRows.apply(w), layer.weight.double())
+    seeds = torch.randn(5, 8)
+    (got,) = torch.autograd.grad((layer.unit_rows() * seeds).sum(), layer.weight)
+    unit = torch.nn.functional.normalize(layer.weight, dim=-1)
+    (wanted,) = torch.autograd.grad((unit * seeds).sum(), layer.weight)
+    torch.testing.assert_close(got, wanted)

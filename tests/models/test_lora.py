@@ -156,7 +156,7 @@ def test_dropout_is_on_only_when_asked_for():
 def test_what_cannot_be_adapted_is_said():
     with pytest.raises(InputError, match="one `qkv` Linear"):
         add_lora(timm.create_model("resnet10t", num_classes=0), 2)
-    with pytest.raises(InputError, match="valid: k, o, q, v"):
+    with pytest.raises(InputError, match="valid: k, mlp, o, q, v"):
         add_lora(make_vit(), 2, targets=("query",))
     with pytest.raises(InputError, match="negative"):
         add_lora(make_vit(), -1)

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cytoray.report import encode_jpeg, qc_images
-from cytoray.report.slide_images import blend_density, fade_background, resize_mask
+from cytoray.report import encode_jpeg, focus_image, qc_images
+from cytoray.report.slide_images import (
+    blend_density,
+    blend_focus,
+    fade_background,
+    resize_mask,
+)
 
 
 def decode(data):
@@ -58,3 +63,31 @@ def test_density_without_nuclei_is_grey():
     assert np.ptp(blend_density(rgb, np.zeros((0, 2))).astype(int), axis=2).max() == 0
     outside = blend_density(rgb, np.array([[-5.0, 3.0], [400.0, 2.0]]))
     assert np.ptp(outside.astype(int), axis=2).max() == 0
+
+
+def test_focus_is_a_fourth_picture_when_it_was_measured():
+    thumbnail = np.full((60, 120, 3), 220, np.uint8)
+    scores = np.array([[0.0, 1.0, np.nan], [1.0, 0.5, 0.0]])
+    mask = np.ones((6, 12), bool)
+    plain = qc_images(thumbnail, mask, np.zeros((0, 2)))
+    images = qc_images(thumbnail, mask, np.zeros((0, 2)), focus=scores)
+    assert list(images) == [*plain, "focus"]
+    assert images["focus"] == focus_image(scores, thumbnail)
+    shown = decode(images["focus"]).astype(int)
+    assert shown.shape == (60, 120, 3)
+    blurred, sharp, unknown = shown[15, 20], shown[15, 60], shown[15, 100]
+    assert blurred[2] > blurred[1]  # purple
+    assert sharp[0] > sharp[2] + 80  # yellow
+    assert np.ptp(unknown) < 6  # grey
+    assert np.array_equal(shown[45, 20] // 16, sharp // 16)
+
+
+def test_focus_tiles_lie_where_the_tiles_are():
+    rgb = np.full((50, 100, 3), 200, np.uint8)
+    colored = np.ptp(blend_focus(rgb, np.ones((2, 4)), (80.0, 40.0)).astype(int), axis=2) > 0
+    assert colored[:40, :80].all()
+    assert not colored[40:].any()
+    assert not colored[:, 80:].any()
+    assert not np.ptp(blend_focus(rgb, np.zeros((0, 0))).astype(int), axis=2).any()
+    with pytest.raises(ValueError, match="tile_rows"):
+        blend_focus(rgb, np.ones(3))

@@ -208,3 +208,10 @@ def test_real_slides(real_data, name, reader):
             x, y = width // 3, height // 3
             region = (level, x, y, min(700, width - x), min(500, height - y))
             np.testing.assert_array_equal(slide.read_level(*region), reference.read_level(*region))
+
+
+@pytest.mark.parametrize("side", [600, 524, 640, 720])
+def test_levels_hardly_larger_than_a_probe(make_slide, side):
+    """The middle probe of a level of 131 to 180 px ends at the level's border."""
+    with open_slide(str(make_slide(width=side, height=side))) as slide:
+        assert slide.info.reader == "tiff"

@@ -10,10 +10,13 @@ from cytoray.slides.quarantine import (
     quarantine_row,
     read_quarantine,
     row_from_error,
+    write_quarantine,
 )
 from cytoray.slides.slide_table import (
+    SLIDE_SCHEMA,
     grid_of_row,
     inspect_slide,
+    iter_slide_table,
     read_slide_table,
     slide_schema,
     write_slide_table,
@@ -85,3 +88,31 @@ def test_row_from_error():
     assert (row["reason_code"], row["message"], row["region"]) == ("too_small", "tiny", "whole")
     row = row_from_error("a", "/a", "index", OSError("disk"))
     assert (row["reason_code"], row["message"]) == ("unexpected", "OSError: disk")
+
+
+def test_a_table_of_many_rows_depends_on_the_rows_alone(tmp_path):
+    rows = [{"slide_id": f"s{i:05d}", "keep_masks": [i, 0]} for i in range(9000)]
+    files = []
+    for name, some in (("sorted", rows), ("mixed", rows[5000:] + rows[:5000])):
+        table = write_slide_table(iter(some), tmp_path / name, SLIDE_SCHEMA)
+        assert table["slide_id"].to_pylist() == [row["slide_id"] for row in rows]
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+    assert read_slide_table(tmp_path / "mixed").equals(table)
+    batches = list(iter_slide_table(tmp_path / "mixed", ["keep_masks"]))
+    assert [batch.num_rows for batch in batches] == [4096, 4096, 808]
+    assert batches[2].column(0)[807].as_py() == [8999, 0]
+
+
+def test_a_long_ledger(tmp_path):
+    path = tmp_path / "quarantine.parquet"
+    rows = [
+        quarantine_row(f"s{i:05d}", "/", "index", "decode_error", "x", "t") for i in range(5000)
+    ]
+    written = write_quarantine(iter(rows), path)
+    assert written["slide_id"].to_pylist() == [row["slide_id"] for row in rows]
+    newer = [row | {"message": "y"} for row in rows[::-2]]
+    merged = merge_quarantine(newer, path, redone=["s00000"], stage="embed")
+    assert merged["slide_id"].to_pylist() == [row["slide_id"] for row in rows]
+    assert merged["message"].to_pylist() == ["x", "y"] * 2500
+    assert merge_quarantine([], tmp_path / "none.parquet").num_rows == 0

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from cytoray.errors import InputError
-from cytoray.streaming.plan import ReadPlan, make_plan
+from cytoray.slides import SLIDE_SCHEMA, write_slide_table
+from cytoray.streaming.plan import ReadPlan, make_plan, plan_of_index
 
 from ..conftest import MPP, TILE_PX
 
@@ -79,3 +82,43 @@ def test_a_plan_of_many_slides_is_small() -> None:
     assert plan.num_chunks == 3 * rows
     assert plan.num_tiles == 67 * rows
     assert sum(a.nbytes for a in arrays) == 12 * plan.num_chunks + 8 * (rows + 1)
+
+
+def test_the_masks_lie_in_the_arrays_alone_and_all_in_files(tmp_path) -> None:
+    plan = make_plan(
+        slide_table([("a", "ok", [3]), ("b", "ok", [0, 7])]),
+        tile_px=TILE_PX, mpp=MPP, spool_dir=tmp_path,
+    )  # fmt: skip
+    assert plan.slides.column_names == ["slide_id", "status"]
+    assert list(tmp_path.iterdir()) == []  # nameless: gone with the process
+    assert not plan.keep_mask.flags.writeable
+    sent = pickle.loads(pickle.dumps(plan))
+    assert sent.keep_mask.tolist() == plan.keep_mask.tolist()
+    assert sent.slides.equals(plan.slides)
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(plan.keep_mask, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 1  # a store gets the array's own bytes, not a copy
+    assert len(head) < 1000
+
+
+def test_the_plan_of_an_index(tmp_path) -> None:
+    """Batch by batch from slides.parquet; splits are chosen on the way."""
+    rows = [
+        {"slide_id": f"s{i:05d}", "path": f"/{i}", "split": ("train", "test", None)[i % 3],
+         "status": "ok" if i % 2 else "no_nuclei", "keep_masks": [0, i + 1] if i % 2 else None,
+         "grid_tile_px": 64 if i % 2 else None, "grid_mpp": 0.5 if i % 2 else None}
+        for i in range(9000)
+    ]  # fmt: skip
+    write_slide_table(reversed(rows), tmp_path / "slides.parquet", SLIDE_SCHEMA)
+    plan = plan_of_index(tmp_path)
+    assert plan.keep_mask.tolist() == [i + 1 for i in range(1, 9000, 2)]
+    assert plan.slides["slide_id"].to_pylist() == [f"s{i:05d}" for i in range(1, 9000, 2)]
+    assert plan.first_chunk.tolist() == list(range(4501))
+    assert set(plan.chunk_index.tolist()) == {1}
+    assert (plan.tile_px, plan.mpp) == (64, 0.5)
+    some = plan_of_index(tmp_path, ("test",))
+    assert some.keep_mask.tolist() == [i + 1 for i in range(1, 9000, 6)]
+    with pytest.raises(InputError, match=r"no usable slide.*splits: trian"):
+        plan_of_index(tmp_path, ("trian",))
+    with pytest.raises(InputError, match="cytoray index"):
+        plan_of_index(tmp_path / "none")

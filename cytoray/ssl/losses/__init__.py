@@ -1,6 +1,7 @@
 """SSL losses, one a file; each returns a part that sums over the ranks to the loss."""
 
-from cytoray.ssl.losses.dino import dino_loss, soft_cross_entropy
+from cytoray.ssl.losses.cross_entropy import soft_cross_entropy
+from cytoray.ssl.losses.dino import dino_loss
 from cytoray.ssl.losses.ibot import ibot_loss
 from cytoray.ssl.losses.info_nce import info_nce_loss, queue_loss
 from cytoray.ssl.losses.koleo import koleo, koleo_loss

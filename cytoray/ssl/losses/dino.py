@@ -5,23 +5,9 @@ Shapes: b tiles of this rank, G global crops, L local crops, K prototypes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor, *, student_temp: float) -> Tensor:
-    """-sum_k t_k log softmax(s / temp)_k, for targets that sum to 1, without storing log softmax.
-
-    Args:
-        logits: float (..., K).
-        targets: float32 (..., K), rows sum to 1.
-        student_temp: temperature of the student.
-
-    Returns:
-        float32 (...,).
-    """
-    scaled = logits.float() / student_temp
-    return torch.logsumexp(scaled, dim=-1) - (targets * scaled).sum(-1)
+from cytoray.ssl.losses.cross_entropy import soft_cross_entropy
 
 
 def dino_loss(
@@ -47,17 +33,20 @@ def dino_loss(
     Returns:
         float32 scalar.
     """
-    num_global = targets.shape[1]
+    tiles, num_global = targets.shape[:2]
     num_local = 0 if student_local is None else student_local.shape[1]
-    total = targets.sum(1, keepdim=True)
-    loss = _against_sum(student_global, total - targets, num_global - 1, student_temp)
-    if student_local is not None and num_local:
-        loss = loss + _against_sum(student_local, total, num_global, student_temp)
     pairs = num_global * (num_global - 1 + num_local)
-    return loss / (pairs * global_batch)
-
-
-def _against_sum(logits: Tensor, target_sum: Tensor, count: int, temp: float) -> Tensor:
-    """Sum of the cross-entropies of `logits` against `count` targets given as their sum."""
-    scaled = logits.float() / temp
-    return count * torch.logsumexp(scaled, dim=-1).sum() - (target_sum * scaled).sum()
+    weights = targets.new_full((tiles,), 1.0 / (pairs * global_batch))
+    total = targets.sum(1, keepdim=True)
+    loss = targets.new_zeros(())
+    if num_global > 1:
+        # Of two crops, the others' sum is the other one.
+        others = targets.flip(1) if num_global == 2 else total - targets
+        loss = soft_cross_entropy(
+            student_global, others, weights, temp=student_temp, mass=num_global - 1
+        )
+    if student_local is not None and num_local:
+        loss = loss + soft_cross_entropy(
+            student_local, total, weights, temp=student_temp, mass=num_global
+        )
+    return loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cytoray.ssl.losses.dino import soft_cross_entropy
+from cytoray.ssl.losses.cross_entropy import soft_cross_entropy
 
 
 def ibot_loss(
@@ -27,5 +27,7 @@ def ibot_loss(
     Returns:
         float32 scalar (0 when nothing is masked).
     """
-    loss = soft_cross_entropy(student, targets, student_temp=student_temp)
-    return (loss * weights).sum() / global_crops
+    weights = weights / global_crops
+    return soft_cross_entropy(
+        student.unsqueeze(1), targets.unsqueeze(1), weights, temp=student_temp
+    )

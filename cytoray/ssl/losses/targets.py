@@ -32,7 +32,7 @@ def sinkhorn_knopp(logits: Tensor, *, temp: float, iterations: int = 3) -> Tenso
     scores = logits.float()
     rows, prototypes = scores.shape
     largest = scores.max() if rows else scores.new_full((), -torch.inf)
-    kernel = torch.exp((scores - all_max(largest.clone())) / temp)
+    kernel = (scores - all_max(largest.clone())).div_(temp).exp_()
     count = all_sum(scores.new_full((), float(rows)))
     row_factor = scores.new_ones(rows)
     column_factor = scores.new_ones(prototypes)
@@ -62,7 +62,7 @@ class MovingCentre(nn.Module):
     def forward(self, logits: Tensor, *, temp: float) -> Tensor:
         """Targets (n, K) float32 by the centre so far; then the centre takes in all ranks' rows."""
         scores = logits.float()
-        targets = torch.softmax((scores - self.centre) / temp, dim=-1)
+        targets = torch.softmax((scores - self.centre).div_(temp), dim=-1)
         total = scores.new_zeros(scores.shape[1] + 1)
         total[:-1] = scores.sum(0)
         total[-1] = scores.shape[0]

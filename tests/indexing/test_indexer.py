@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cytoray.attempts import Patience
 from cytoray.indexing import (
     IndexedSlide,
     IndexSettings,
+    Patience,
     SlideIndexer,
     is_finished,
     part_path,
@@ -34,7 +34,7 @@ from cytoray.synthetic import (
     zero_bytes,
 )
 
-from .conftest import MPP, TILE_PX
+from ..conftest import MPP, TILE_PX
 
 SETTINGS = IndexSettings(grid=Grid(tile_px=TILE_PX, mpp=MPP))
 
@@ -214,8 +214,8 @@ KILL_AT = """
 import os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
-from cytoray.attempts import Patience
-from tests.test_indexing import SETTINGS
+from cytoray.indexing import Patience
+from tests.indexing.test_indexer import SETTINGS
 from cytoray.indexing import SlideIndexer
 import json
 out, entry, call, way = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -237,7 +237,7 @@ print(indexer(entry).row["status"])
 
 def indexed_in_a_process(out: Path, entry: dict, call: int, way: str) -> tuple[int, str]:
     """Index in a process of its own that is killed, or hangs, at its n-th detection."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     plain = json.dumps({name: entry[name] for name in ("slide_id", "path", "mpp")})
     ended = subprocess.run(
         [sys.executable, "-c", KILL_AT, str(out), plain, str(call), way],

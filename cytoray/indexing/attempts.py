@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cytoray.errors import SlideError
-from cytoray.journal import Journal
+from cytoray.indexing.journal import Journal
 
 PARTIAL = "partial"
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cytoray.journal import Journal
+from cytoray.indexing.journal import Journal
 
 KEY = {"settings": {"a": 1, "b": [0.5, None]}, "file": (10, 20)}
 

@@ -1,0 +1,206 @@
+"""A DINOv2 training step: ours against the same recipe made of lightly's parts, and of the peak.
+
+    python -m benchmarks.pretrain_step [--backbone vit_tiny_patch16_224] [--batch 8]
+        [--out-dim 65536] [--rounds 5] [--device cpu|cuda] [--no-lightly] [--profile]
+
+Both take the same rendered crops (2 x 224 and 8 x 96 px), block masks for half of the global ones,
+the losses DINO + iBOT + 0.1 KoLeo with centring (lightly has no Sinkhorn), AdamW, an EMA teacher;
+no drop path. Steps are taken in turn. lightly is a development dependency: without it ours is
+measured alone. On CUDA ours runs in bf16, as does lightly's under autocast. The last line is JSON:
+vs_lightly, the median ratio of seconds (above 1, ours is faster); tiles_per_s; mfu, the share of
+the device's dense bf16 peak (null where that is not known); device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from cytoray.training import (
+    BackboneConfig,
+    HeadConfig,
+    LossConfig,
+    OptimConfig,
+    PretrainConfig,
+    PretrainEngine,
+)
+from cytoray.training.costs import peak_flops, step_costs
+
+try:
+    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
+    from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
+    from lightly.models.utils import random_block_mask, update_momentum
+
+    HAS_LIGHTLY = True
+except ImportError:
+    HAS_LIGHTLY = False
+
+Step = Callable[[int], Any]
+
+
+def crops(config: PretrainConfig, device: torch.device) -> dict[str, Tensor]:
+    """Random crops of a batch; what they show does not matter to the time."""
+    torch.manual_seed(0)
+    c, b = config.crops, config.batch_size
+    return {
+        "global_crops": torch.randn(b, c.num_global, 3, c.global_px, c.global_px, device=device),
+        "local_crops": torch.randn(b, c.num_local, 3, c.local_px, c.local_px, device=device),
+    }
+
+
+def our_step(config: PretrainConfig, device: torch.device) -> Step:
+    """A step of the engine."""
+    engine = PretrainEngine(config, device)
+    batch = crops(config, device)
+    return lambda number: engine.step(batch, number)
+
+
+class LightlyRecipe(nn.Module):
+    """Student and teacher of lightly's modules, put together as its DINOv2 example describes."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        vit = timm.create_model(config.backbone.name, dynamic_img_size=True, num_classes=0)
+        self.backbone = MaskedVisionTransformerTIMM(vit=vit, antialias=False)  # type: ignore[arg-type]
+        head = config.head
+        self.head = DINOv2ProjectionHead(
+            int(vit.embed_dim),  # type: ignore[arg-type]
+            head.hidden_dim,
+            head.bottleneck_dim,
+            head.out_dim,
+        )
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Class tokens (n, D) and all tokens (n, 1 + N, D)."""
+        tokens = self.backbone.encode(images, mask=mask)
+        return tokens[:, 0], tokens
+
+
+def lightly_step(config: PretrainConfig, device: torch.device) -> Step:
+    """The same step from lightly's parts."""
+    student = LightlyRecipe(config).to(device)
+    teacher = LightlyRecipe(config).to(device).requires_grad_(False).eval()
+    teacher.load_state_dict(student.state_dict())  # its normed weights cannot be deep-copied
+    dino = DINOLoss(output_dim=config.head.out_dim).to(device)
+    ibot = IBOTPatchLoss(output_dim=config.head.out_dim).to(device)
+    koleo = KoLeoLoss()
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=fused or None)
+    batch = crops(config, device)
+    big = batch["global_crops"].transpose(0, 1).flatten(0, 1)  # view by view, as lightly has it
+    small = batch["local_crops"].transpose(0, 1).flatten(0, 1)
+    views, locals_ = config.crops.num_global, config.crops.num_local
+    side = config.crops.global_px // student.backbone.vit.patch_embed.patch_size[0]
+
+    def step(number: int) -> Tensor:
+        mask = big.new_zeros((len(big), 1 + side * side), dtype=torch.bool)
+        blocks = random_block_mask(size=(len(big), side, side), device=device)
+        mask[:, 1:] = blocks.flatten(1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                teacher_cls, tokens = teacher(big, None)
+                targets = teacher.head(teacher_cls)
+                patch_targets = teacher.head(tokens[mask])
+            cls, tokens = student(big, mask)
+            patch_logits = student.head(tokens[mask])
+            local_cls, _ = student(small, None)
+            logits = [*student.head(cls).chunk(views), *student.head(local_cls).chunk(locals_)]
+            loss = dino(list(targets.chunk(views)), logits, teacher_temp=0.07)
+            loss = loss + ibot(patch_targets, patch_logits, blocks, teacher_temp=0.07)
+            loss = loss + 0.1 * sum(koleo(part) for part in cls.chunk(views))
+        loss.backward()
+        for module in (student.backbone, student.head):
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 3.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_momentum(student.backbone, teacher.backbone, m=0.99)
+        update_momentum(student.head, teacher.head, m=0.99)
+        return loss.detach()
+
+    return step
+
+
+def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
+    """Seconds of every step, interleaved: name to (rounds,); the first of each is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            _wait(device)
+            began = time.perf_counter()
+            step(number)
+            _wait(device)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def show_profile(step: Step, device: torch.device) -> None:
+    """Print where the time of a step goes."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profile:
+        step(1)
+        _wait(device)
+    by = f"self_{device.type}_time_total"
+    print(profile.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+
+
+def main() -> None:
+    """Measure, print a table, and a line of JSON."""
+    parser = argparse.ArgumentParser(description="A DINOv2 step, side by side.")
+    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out-dim", type=int, default=65536)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-lightly", action="store_true", help="measure ours alone")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    config = PretrainConfig(
+        backbone=BackboneConfig(name=options.backbone, drop_path=0.0),
+        head=HeadConfig(out_dim=options.out_dim),
+        loss=LossConfig(centering="centering"),
+        optim=OptimConfig(warmup_steps=1, freeze_last_layer_steps=0),
+        batch_size=options.batch,
+        total_steps=1000,
+    )
+    ours = our_step(config, device)
+    steps = {"ours": ours}
+    if HAS_LIGHTLY and not options.no_lightly:
+        steps["lightly's parts"] = lightly_step(config, device)
+    seconds = measure(steps, options.rounds, device)
+    print(f"{options.backbone}, {options.batch} tiles, {torch.get_num_threads()} threads, {device}")
+    for name, values in seconds.items():
+        print(f"{name:16s} {1e3 * np.median(values):9.1f} ms a step")
+    if options.profile:
+        show_profile(ours, device)
+    speed = options.batch / float(np.median(seconds["ours"]))
+    peak = peak_flops(device)
+    result = {
+        "vs_lightly": round(float(np.median(seconds["lightly's parts"] / seconds["ours"])), 3)
+        if "lightly's parts" in seconds
+        else None,
+        "tiles_per_s": round(speed, 2),
+        "mfu": round(step_costs(config).flops_per_tile * speed / peak, 4) if peak else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Tiles from slides through Ray Data, end to end on all cores: ours against ratiopath.
+
+    python -m benchmarks.tiles_ray --slides DIR [--tile-px 256] [--rounds 3] [--max-slides 32]
+
+Both read every tile of the finest level of the same slides into blocks that the driver iterates
+over, in turn; starting the actors or tasks counts, starting Ray does not. ratiopath (1.0.3) is
+compared where it is installed: `python -m venv DIR && DIR/bin/pip install -e . ratiopath==1.0.3`.
+The last line is JSON: tiles_per_s; vs_ratiopath, the median ratio of the rounds (above 1, ours is
+faster), null where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from cytoray.distributed.cluster import Shared, connect
+from cytoray.distributed.tile_source import (
+    Positions,
+    ReadChunks,
+    quiet_data_context,
+    unpack_chunk,
+)
+from cytoray.errors import SlideError
+from cytoray.slides import Grid, ResolvedMpp, SlideGrid, open_slide
+from cytoray.streaming.plan import ReadPlan, make_plan
+
+try:
+    from ratiopath.ray import read_slides  # pyright: ignore[reportMissingImports]
+    from ratiopath.tiling import (  # pyright: ignore[reportMissingImports]
+        grid_tiles,
+        read_slide_tiles,
+    )
+except ImportError:
+    read_slides = None
+
+
+def find_slides(folder: Path, tile_px: int, most: int) -> pa.Table:
+    """Rows as a slide table has them, every tile kept; mpp 1 stands for the slide's own scale."""
+    rows = []
+    for path in sorted(folder.iterdir()):
+        try:
+            with open_slide(str(path)) as slide:
+                info = slide.info
+        except SlideError:
+            continue
+        scale = ResolvedMpp(mpp_x=1.0, mpp_y=1.0, source="manifest")
+        grid = Grid(tile_px=tile_px, mpp=1.0)
+        layout = SlideGrid.of(grid, info.width_px_level0, info.height_px_level0, scale)
+        rows.append(
+            {
+                "slide_id": path.stem,
+                "path": str(path),
+                "mpp_x": 1.0,
+                "mpp_y": 1.0,
+                "mpp_source": scale.source,
+                "reader": info.reader,
+                "width_px_level0": info.width_px_level0,
+                "height_px_level0": info.height_px_level0,
+                "status": "ok",
+                "keep_masks": [layout.valid_mask(*place) for place in layout.chunks()],
+            }
+        )
+        if len(rows) == most:
+            break
+    masks = pa.array([row.pop("keep_masks") for row in rows], pa.list_(pa.uint64()))
+    return pa.Table.from_pylist(rows).append_column("keep_masks", masks)
+
+
+def read_ours(plan: ReadPlan, cpus: int) -> Iterator[int]:
+    """Tiles of each block, through the stages that embedding reads with."""
+    context = ray.data.DataContext.get_current()
+    quiet_data_context()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 1
+    dataset = ray.data.read_datasource(
+        Positions(0, plan.num_chunks), num_cpus=0.1, override_num_blocks=1
+    ).map_batches(
+        ReadChunks,  # type: ignore[arg-type]
+        fn_constructor_args=(Shared(plan),),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=(cpus - 0.1) / cpus,
+        compute=ray.data.ActorPoolStrategy(min_size=cpus, max_size=cpus),
+    )
+    tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    for table in tables:
+        for i in range(table.num_rows):
+            pixels = unpack_chunk(table.slice(i, 1), 0, None)["pixels"]
+            assert pixels.dtype == np.uint8
+            yield len(pixels)
+
+
+def read_ratiopath(paths: list[str], tile_px: int) -> Iterator[int]:
+    """The pipeline of its documentation: slides, their grid, tiles read in batches."""
+    assert read_slides is not None
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = False
+    context.target_max_block_size = 128 << 20
+
+    def tiling(row: dict[str, Any]) -> list[dict[str, Any]]:
+        size = (row["extent_x"], row["extent_y"])
+        extent, stride = (
+            np.array((row[f"{name}_x"], row[f"{name}_y"])) for name in ("tile_extent", "stride")
+        )
+        return [
+            {
+                "tile_x": int(x),
+                "tile_y": int(y),
+                "path": row["path"],
+                "level": row["level"],
+                "tile_extent_x": row["tile_extent_x"],
+                "tile_extent_y": row["tile_extent_y"],
+            }
+            for x, y in grid_tiles(
+                slide_extent=size, tile_extent=extent, stride=stride, last="drop"
+            )
+        ]
+
+    slides = read_slides(paths, level=0, tile_extent=tile_px, stride=tile_px)
+    tiles = slides.flat_map(tiling).repartition(target_num_rows_per_block=128)
+    tiles = tiles.map_batches(read_slide_tiles, batch_size=64)
+    batches: Any = tiles.iter_batches(batch_size=None)
+    for batch in batches:
+        yield len(batch["tile"])
+
+
+def main() -> None:
+    """Measure, print a table, and a line of JSON."""
+    parser = argparse.ArgumentParser(description="Tiles through Ray Data, side by side.")
+    parser.add_argument("--slides", type=Path, required=True, help="folder of slides")
+    parser.add_argument("--tile-px", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-slides", type=int, default=32)
+    options = parser.parse_args()
+    if not options.slides.is_dir():
+        parser.exit(2, f"{options.slides} is not a folder\n")
+    table = find_slides(options.slides, options.tile_px, options.max_slides)
+    plan = make_plan(table, tile_px=options.tile_px, mpp=1.0)
+    connect()
+    cpus = int(ray.cluster_resources()["CPU"])
+    ways: dict[str, Callable[[], Iterator[int]]] = {"ours": lambda: read_ours(plan, cpus)}
+    if read_slides is not None:
+        paths = table["path"].to_pylist()
+        ways["ratiopath"] = lambda: read_ratiopath(paths, options.tile_px)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name, read in ways.items():
+            began = time.perf_counter()
+            tiles = sum(read())
+            assert tiles == plan.num_tiles, f"{name} read {tiles} of {plan.num_tiles} tiles"
+            speeds[name].append(tiles / (time.perf_counter() - began))
+    print(f"{table.num_rows} slides, {plan.num_tiles} tiles, {os.cpu_count()} cores")
+    for name, values in speeds.items():
+        print(f"{name:12s} {np.median(values):8.0f} tiles/s")
+    ratio = None
+    if "ratiopath" in speeds:
+        ratio = round(float(np.median(np.divide(speeds["ours"], speeds["ratiopath"]))), 2)
+    print(json.dumps({"tiles_per_s": round(np.median(speeds["ours"])), "vs_ratiopath": ratio}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Cross-entropy against soft targets, in one pass over the logits.
+
+With 65,536 prototypes the logits are by far the largest tensors of a step. Written with ordinary
+operations the loss makes a dozen more of their size; here the gradient is computed together with
+the loss, a few rows at a time, and is the only one.
+
+Shapes: n groups of v rows, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Rows worked on at once on a CPU: what stays in its cache. A GPU is given all at once.
+_CPU_BLOCK_BYTES = 4 << 20
+
+
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, *, temp: float, mass: float = 1.0
+) -> Tensor:
+    """sum_n w_n sum_v sum_k -t_nvk log softmax(s_nv / temp)_k.
+
+    Args:
+        logits: float (n, v, K), s.
+        targets: float32 (n, v, K), or (n, 1, K) for targets that the rows of a group share; every
+            row sums to `mass`. No gradient.
+        weights: float32 (n,), w. No gradient.
+        temp: temperature of the student.
+        mass: what a row of targets sums to; above 1 it is the sum of several targets.
+
+    Returns:
+        float32 scalar. It can be differentiated once.
+    """
+    return _SoftCrossEntropy.apply(logits, targets, weights, temp, mass)  # type: ignore[no-any-return]
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits) if wanted else None
+        total = logits.new_zeros((), dtype=torch.float32)
+        for start, stop in _blocks(logits):
+            rows = slice(start, stop)
+            if gradient is not None and gradient.dtype == torch.float32:
+                work = gradient[rows]
+            else:
+                work = torch.empty_like(logits[rows], dtype=torch.float32)
+            scaled = work.copy_(logits[rows]).div_(temp)
+            aimed, weight = targets[rows], weights[rows].view(-1, 1)
+            hit = _dot(scaled, aimed)
+            largest = scaled.amax(-1, keepdim=True)
+            exponential = scaled.sub_(largest).exp_()
+            partition = exponential.sum(-1, keepdim=True)
+            log_sum = (largest + partition.log()).squeeze(-1)
+            total += (weight * (mass * log_sum - hit)).sum()
+            if gradient is not None:
+                exponential.mul_(mass / partition).sub_(aimed)
+                exponential.mul_(weight.unsqueeze(-1) / temp)
+                if work.data_ptr() != gradient[rows].data_ptr():
+                    gradient[rows] = exponential
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        # In place: going backward a second time is an error of autograd's own, not a wrong result.
+        return gradient.mul_(upstream), None, None, None, None
+
+
+def _dot(scaled: Tensor, aimed: Tensor) -> Tensor:
+    """sum_k of the products, (n, v), without a tensor of the size of `scaled`."""
+    if aimed.shape[1] == 1:
+        return torch.einsum("nvk,nk->nv", scaled, aimed.squeeze(1))
+    return torch.einsum("nvk,nvk->nv", scaled, aimed)
+
+
+def _blocks(logits: Tensor) -> list[tuple[int, int]]:
+    count = logits.shape[0]
+    if logits.device.type != "cpu" or not count:
+        return [(0, count)] if count else []
+    group_bytes = 4 * logits.shape[1] * logits.shape[2]
+    step = max(1, _CPU_BLOCK_BYTES // max(group_bytes, 1))
+    return [(start, min(start + step, count)) for start in range(0, count, step)]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cytoray.ssl.losses import cross_entropy
+from cytoray.ssl.losses import soft_cross_entropy as fused
+
+
+def plain(logits, targets, weights, temp, mass):
+    """The definition, in double precision."""
+    logs = torch.log_softmax(logits.double() / temp, dim=-1)
+    per_group = -(targets.double() * logs).sum((1, 2))
+    return (per_group * weights.double()).sum()
+
+
+def make(n, v, shared, k=11, mass=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(n + 10 * v)
+    logits = torch.randn(n, v, k, generator=generator).to(dtype).requires_grad_(True)
+    targets = torch.rand(n, 1 if shared else v, k, generator=generator)
+    targets = mass * targets / targets.sum(-1, keepdim=True)
+    return logits, targets, torch.rand(n, generator=generator)
+
+
+@pytest.mark.parametrize("block_bytes", [1, 200, 1 << 20])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("n", "v", "mass"), [(1, 1, 1.0), (5, 3, 2.0), (7, 8, 1.0)])
+def test_loss_and_gradient_are_those_of_the_definition(
+    n, v, mass, shared, block_bytes, monkeypatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CPU_BLOCK_BYTES", block_bytes)
+    logits, targets, weights = make(n, v, shared, mass=mass)
+    loss = fused(logits, targets, weights, temp=0.1, mass=mass)
+    (3.0 * loss).backward()
+    got = logits.grad
+    expected = plain(logits, targets.expand(n, v, -1), weights, 0.1, mass)
+    (wanted,) = torch.autograd.grad(3.0 * expected, logits)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_logits_get_gradients_of_their_own_kind() -> None:
+    logits, targets, weights = make(4, 2, True, dtype=torch.bfloat16)
+    fused(logits, targets, weights, temp=0.1).backward()
+    exact = logits.detach().double().requires_grad_(True)
+    plain(exact, targets.expand(4, 2, -1), weights, 0.1, 1.0).backward()
+    assert logits.grad is not None
+    assert exact.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = torch.tensor([[[3e4, -3e4]]], requires_grad=True)
+    loss = fused(logits, torch.tensor([[[0.0, 1.0]]]), torch.ones(1), temp=0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(6e5)
+    torch.testing.assert_close(logits.grad, torch.tensor([[[10.0, -10.0]]]))
+
+
+def test_nothing_is_differentiated_where_nothing_is_asked_for() -> None:
+    logits, targets, weights = make(3, 2, False)
+    with torch.no_grad():
+        loss = fused(logits, targets, weights, temp=0.1)
+    assert not loss.requires_grad
+    assert fused(logits[:0], targets[:0], weights[:0], temp=0.1).item() == 0.0
+
+
+def test_going_backward_twice_is_an_error() -> None:
+    logits, targets, weights = make(3, 2, False)
+    loss = fused(logits, targets, weights, temp=0.1)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
