@@ -32,8 +32,10 @@ def s3(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("CYTORAY_CACHE_DIR", str(tmp_path / "cache"))
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    type(fs).clear_instance_cache()  # one made earlier knows other credentials
     fs.mkdir("cohort")
     yield fs
+    type(fs).clear_instance_cache()
     moto.stop()
 
 

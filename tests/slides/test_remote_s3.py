@@ -42,6 +42,7 @@ def s3(tmp_path_factory) -> Iterator[SimpleNamespace]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         fs = fsspec.filesystem("s3", skip_instance_cache=True)
+        type(fs).clear_instance_cache()  # one made earlier knows other credentials
         fs.mkdir("slides")
         fs.put_file(str(slide), "slides/case 1/a.svs")
         yield SimpleNamespace(fs=fs, wire=wire, slide=slide, url="s3://slides/case 1/a.svs")
