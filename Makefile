@@ -1,5 +1,6 @@
 # make quickstart   install and run the whole workflow on generated slides (report in ./quickstart)
 # make test         install and run the tests
+# make drills       install and run the fault drills: kill -9 and resume, servers that go away
 # make lint         style and types
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12)
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 OUT ?= quickstart
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint format install clean
+.PHONY: quickstart test drills lint format install clean
 
 install: $(VENV)/.installed
 
@@ -24,7 +25,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/cytoray quickstart --out $(OUT) --resume
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not drill"
+
+drills: $(VENV)/.installed
+	$(BIN)/python -m pytest -m drill
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -193,6 +193,7 @@ def test_a_trial_that_fails_does_not_stop_the_others(config, tracking_uri, tmp_p
     assert sorted(child.status for child in children) == ["FAILED", "FINISHED"]
 
 
+@pytest.mark.drill
 def test_a_killed_run_goes_on_where_it_was(
     config, tracking_uri, tmp_path, start_cytoray: Callable, cytoray: Callable
 ) -> None:

@@ -167,6 +167,7 @@ def test_resume_passes_over_finished_slides_and_tries_the_others_again(
     assert {row["slide_id"] for row in quarantine} == {"torn", *CODES} - {"empty"}
 
 
+@pytest.mark.drill
 def test_a_killed_driver_and_resume_give_the_same_files(
     cytoray, start_cytoray, indexed, manifest, tmp_path
 ) -> None:

@@ -39,6 +39,7 @@ def s3(monkeypatch, tmp_path):
     moto.stop()
 
 
+@pytest.mark.drill
 def test_a_cohort_on_s3_gives_the_same_slide_table(
     s3, indexed, manifest, start_cytoray, tmp_path, monkeypatch
 ) -> None:

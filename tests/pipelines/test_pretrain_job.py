@@ -142,7 +142,7 @@ def test_two_workers_have_the_losses_of_one(config, pretrained) -> None:
         assert two[step][0] == pytest.approx(one[step][0], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(config) -> None:
     """SIGKILL in mid-run; steps done again after the checkpoint have the losses they had."""
     config = replace(config, ssl=tiny_ssl(total_steps=120), checkpoint_every=10)
@@ -182,7 +182,7 @@ def assert_resumed_exactly(out: Path, total_steps: int) -> None:
     assert (end["step"], end["tiles"]) == (total_steps, 8 * total_steps)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_killed_driver_and_resume_with_two_workers(
     config, cytoray, start_cytoray, tracking_uri, tmp_path
 ) -> None:

@@ -37,7 +37,7 @@ def test_flags_of_submit_itself(cytoray) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_pretraining_on_a_running_head(cytoray, head, indexed, tracking_uri, tmp_path) -> None:
     """Followed to its end, with its exit code; a command that fails hands back its own."""
     submit = ["submit", "--address", head.server, "--working-dir", ROOT]

@@ -241,6 +241,7 @@ def test_folds_encoders_and_several_labels_at_once(ray_cluster, tracking_uri, tm
         tune.run(replace(config, resume=True))
 
 
+@pytest.mark.drill
 def test_a_killed_search_goes_on_and_repeats_nothing(start_cytoray, tmp_path) -> None:
     index, bags = make_study(tmp_path, 40, signal=3.0)
     out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"

@@ -111,7 +111,7 @@ class Server:
             self.process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_server_that_goes_away_loses_nothing(empty_database, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "mlflow.db").write_bytes(empty_database.read_bytes())
