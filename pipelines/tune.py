@@ -29,13 +29,13 @@ from cytoray.report import write_report
 from cytoray.report.leaderboard import write_leaderboard
 from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import read_slide_table
 from cytoray.streaming.plan import ReadPlan
 from cytoray.tracking import ChildRuns, Tracker, patiently
 from pipelines.embed import index_plan
 from pipelines.tune_search import (
     Search,
     child_runs,
+    hide_paths,
     keep_space,
     prepare,
     search_settings,
@@ -417,15 +417,6 @@ def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
     except (SlideError, OSError) as error:
         attention = {"title": "Attention", "text": f"No picture: {error}"}
     return sections + ([attention] if attention else [])
-
-
-def hide_paths(failed: dict[str, str], index: Path) -> dict[str, str]:
-    """Messages of failed trials without the paths of slides: they go to MLflow and the report."""
-    if not failed:
-        return {}
-    for path in read_slide_table(index / "slides.parquet").column("path").to_pylist():
-        failed = {key: text.replace(path, "a slide's file") for key, text in failed.items()}
-    return failed
 
 
 if __name__ == "__main__":

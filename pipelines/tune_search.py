@@ -25,6 +25,7 @@ from cytoray.mil.folds import Fold, final_fold, fold_problems, make_folds
 from cytoray.mil.space import Axis, Candidate, candidates_of, configs_of, draws, grid, read_axes
 from cytoray.models.encoder import load_encoder
 from cytoray.runs import RunFolder
+from cytoray.slides import read_slide_table
 from cytoray.tracking import ChildRun
 from pipelines.embed import index_plan
 
@@ -205,3 +206,12 @@ def child_runs(search: Search, folder: RunFolder) -> list[ChildRun]:
                 )
             )
     return made
+
+
+def hide_paths(failed: dict[str, str], index: Path) -> dict[str, str]:
+    """Messages of failed trials without the paths of slides: they go to MLflow and the report."""
+    if not failed:
+        return {}
+    for path in read_slide_table(index / "slides.parquet").column("path").to_pylist():
+        failed = {key: text.replace(path, "a slide's file") for key, text in failed.items()}
+    return failed
