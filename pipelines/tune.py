@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -291,7 +292,7 @@ def _summary(config: Config, folder: RunFolder, search: Search, outcome: Outcome
         "best": outcome.chosen.key,
         "encoder": search.features[outcome.chosen.encoder].name,
         "val_auc": outcome.rows[0]["val_auc"],
-        "val_auc_ci": [outcome.rows[0]["val_auc_low"], outcome.rows[0]["val_auc_high"]],
+        "val_auc_ci": _interval(outcome.rows[0]["val_auc_low"], outcome.rows[0]["val_auc_high"]),
         "auc_heldout": interval.point,
         "auc_ci": [interval.low, interval.high],
         "auc_over_folds": first["over_folds"].get("auc"),
@@ -417,6 +418,11 @@ def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
     except (SlideError, OSError) as error:
         attention = {"title": "Attention", "text": f"No picture: {error}"}
     return sections + ([attention] if attention else [])
+
+
+def _interval(low: float, high: float) -> list[float] | None:
+    """Both ends of an interval over folds; None where there is one fold alone."""
+    return None if math.isnan(low) else [low, high]
 
 
 if __name__ == "__main__":
