@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from cytoray.config import to_plain
 from cytoray.distributed.chosen import Answers, answer_held_out, answer_rows, assess_answers
 from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.search import Halving, run_one, run_search
 from cytoray.distributed.trials import SearchSettings, TrialSpec
-from cytoray.errors import InputError, SlideError, raise_problems
+from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation.held_out import mean_auc
 from cytoray.io import atomic_write_text
 from cytoray.mil import MILConfig
@@ -28,11 +26,10 @@ from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
 from cytoray.report.leaderboard import write_leaderboard
-from cytoray.report.sections import attention_section, tune_sections
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.streaming.plan import ReadPlan
 from cytoray.tracking import ChildRuns, Tracker, patiently
 from pipelines.embed import index_plan
+from pipelines.tune_report import report_sections
 from pipelines.tune_search import (
     Search,
     child_runs,
@@ -387,37 +384,6 @@ def _close_parent(tracker: Tracker, run_id: str, folder: RunFolder) -> None:
     tracker.log_artifact(run_id, folder.summary_path)
     tracker.log_artifact(run_id, folder.path / "leaderboard.json")
     tracker.end_run(run_id, "FINISHED")
-
-
-def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
-    """The report's sections of a finished run, from its files alone."""
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    board = json.loads((out / "leaderboard.json").read_text(encoding="utf-8"))
-    rows = json.loads((out / "heldout.json").read_text(encoding="utf-8"))
-    rows = [row for row in rows if row["label"] is not None]
-    results = [
-        {
-            "key": row["candidate"],
-            "config": {name: row[name] for name in ("aggregator", "lora_rank", "lr")},
-            "val": {"auc": row["val_auc"], "accuracy": row["val_accuracy"]},
-            "best_epoch": row["best_epoch"],
-            "seconds": row["seconds"],
-        }
-        for row in board["rows"]
-    ]
-    classes = summary["classes"]
-    held_out = {
-        "labels": np.array([classes.index(row["label"]) for row in rows]),
-        "scores": np.array([row["probabilities"][classes[-1]] for row in rows]),
-        "patients": np.array([row["patient_id"] for row in rows]),
-        "classes": classes,
-    }
-    sections = tune_sections(results, summary, held_out)
-    try:
-        attention = attention_section(plan, rows, classes[-1])
-    except (SlideError, OSError) as error:
-        attention = {"title": "Attention", "text": f"No picture: {error}"}
-    return sections + ([attention] if attention else [])
 
 
 def _interval(low: float, high: float) -> list[float] | None:
