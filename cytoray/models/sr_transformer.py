@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from cytoray.errors import InputError, raise_problems
 from cytoray.models.irpe import NUM_BUCKETS, Grid, PatchGrids, cached_buckets, pair_maps
 from cytoray.models.sr_attention import fast_sr_attention, sr_attention
+from cytoray.models.sr_ops import kernels_serve
 
 SR_TABLES = ("rel_k", "rel_q", "rel_v")  # parameters that a timm attention does not have
+FORMS = ("auto", "torch", "plain")
 REPLACEABLE = (Attention, AttentionRope, EvaAttention)
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,19 +35,26 @@ class SRConfig:
         irpe: learnt relative positions on queries, keys and values.
         top_h: keys a query keeps (Cyto-SSL: 16).
         per_head: relative positions of each head's own, else shared over the heads of a block.
+        form: how it is computed; all are equal. `auto`: Triton kernels where they serve (CUDA),
+            else PyTorch operations; `torch`: always those; `plain`: the definition, slow.
 
     Raises:
-        InputError: `top_h` below 1.
+        InputError: `top_h` below 1, or no such form.
     """
 
     sparse: bool = False
     irpe: bool = False
     top_h: int = 16
     per_head: bool = False
+    form: Literal["auto", "torch", "plain"] = "auto"
 
     def __post_init__(self) -> None:
+        problems = []
         if self.top_h < 1:
-            raise InputError(f"top_h is {self.top_h}; a query must keep at least 1 key")
+            problems.append(f"top_h is {self.top_h}; a query must keep at least 1 key")
+        if self.form not in FORMS:
+            problems.append(f"form {self.form!r} is none of {', '.join(FORMS)}")
+        raise_problems("the SR-Transformer cannot be used so", problems)
 
     @property
     def is_on(self) -> bool:
@@ -182,11 +191,14 @@ class SRAttention(nn.Module):
         tables = (self.rel_k, self.rel_q, self.rel_v)
         prefix = self.grids.num_prefix
         positions = grid if self.config.irpe else None
-        if mask is not None:
-            buckets = None if positions is None else cached_buckets(positions, prefix, q.device)
+        buckets = None if positions is None else cached_buckets(positions, prefix, q.device)
+        if mask is not None or self.config.form == "plain":
             return sr_attention(q, k, v, *tables, buckets, top_h, self.scale, mask)
         maps = None if positions is None else pair_maps(positions, prefix, q.device, q.dtype)
-        return fast_sr_attention(q, k, v, *tables, maps, top_h, self.scale)
+        kernels = self.config.form == "auto" and kernels_serve(v)
+        return fast_sr_attention(
+            q, k, v, *tables, buckets, maps, top_h, self.scale, kernels=kernels
+        )
 
 
 def use_sr(
@@ -196,6 +208,7 @@ def use_sr(
     irpe: bool = True,
     sparse: bool = True,
     per_head: bool = False,
+    form: Literal["auto", "torch", "plain"] = "auto",
 ) -> Model:
     """Replace the attention of every block of a timm ViT by SR-attention, in place.
 
@@ -208,6 +221,7 @@ def use_sr(
         irpe: relative positions on queries, keys and values.
         sparse: keep the `top_h` best keys only.
         per_head: tables for each head instead of each block.
+        form: see `SRConfig`.
 
     Returns:
         `vit`; unchanged if neither `irpe` nor `sparse`.
@@ -216,7 +230,7 @@ def use_sr(
         InputError: a model without global attention over patches (it says why), attention or patch
             dropout, one that has SR-attention already, or `top_h` below 1.
     """
-    config = SRConfig(sparse=sparse, irpe=irpe, top_h=top_h, per_head=per_head)
+    config = SRConfig(sparse=sparse, irpe=irpe, top_h=top_h, per_head=per_head, form=form)
     if not config.is_on:
         return vit
     raise_problems(

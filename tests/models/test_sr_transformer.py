@@ -267,6 +267,8 @@ def test_backbones_that_cannot_have_it(name, why):
 def test_bad_settings():
     with pytest.raises(InputError, match="top_h is 0"):
         use_sr(_vit(), top_h=0)
+    with pytest.raises(InputError, match="form 'fastest' is none of auto, torch, plain"):
+        use_sr(_vit(), form="fastest")
     with pytest.raises(InputError, match="already"):
         use_sr(use_sr(_vit()))
     with pytest.raises(InputError, match="attn_drop_rate=0"):
