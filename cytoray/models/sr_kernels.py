@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false (Triton reads a kernel, Python does not)
 """SR-attention in two Triton kernels: a program holds some rows of scores whole, on the chip.
 
 The scores, the threshold of each row and the softmax are never written to memory; the weights are,
