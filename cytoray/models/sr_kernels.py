@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false, reportCallIssue=false (Triton reads a kernel, Python does not)
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# (Triton reads the kernels, Python does not)
 """SR-attention in two Triton kernels: a program holds some rows of scores whole, on the chip.
 
 The scores, the threshold of each row and the softmax are never written to memory; the weights are,
