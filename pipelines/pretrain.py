@@ -33,7 +33,8 @@ from cytoray.training.costs import step_costs
 
 _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
-    "keep_checkpoints", "log_every", "experiment",
+    "keep_checkpoints", "log_every", "experiment", "accumulate", "sharding", "compile",
+    "pack_crops", "checkpoint_blocks",
 }  # fmt: skip
 
 

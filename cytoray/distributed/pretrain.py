@@ -239,13 +239,15 @@ def _restore(
 def _save(
     saver: BackgroundCheckpointer, engine: PretrainEngine, settings: LoopSettings, place: _Place
 ) -> None:
+    # All ranks: what is sharded is put together by all of them.
+    state = {
+        "engine": engine.state_dict(),
+        "place": to_plain(place),
+        "data": settings.data,
+    }
+    weights = engine.encoder_state_dict()
     if engine.rank == 0:
-        state = {
-            "engine": engine.state_dict(),
-            "place": to_plain(place),
-            "data": settings.data,
-        }
-        saver.save(place.step, state, engine.encoder_state_dict())
+        saver.save(place.step, state, weights)
 
 
 def _dealer_name(settings: LoopSettings, position: StreamPosition, rank: int, world: int) -> str:

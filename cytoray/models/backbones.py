@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import timm
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cytoray.errors import InputError
-from cytoray.models.drop_path import DropRows, subset_block
+from cytoray.models.block_pass import Kept, Sizes, attach, join_groups
+from cytoray.models.drop_path import DropRows
 from cytoray.models.sr_transformer import SR_TABLES, SRConfig, use_sr
 
 
@@ -34,10 +35,32 @@ class BackboneFacts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Normed output tokens: `cls` (B, D), `patches` (B, N, D); registers are in neither."""
+    """Normed output tokens: `cls` (B, D), `patches` (B, N, D); registers are in neither.
+
+    Of a `CropGroup` that names its patches, `patches` is (M, D).
+    """
 
     cls: Tensor
     patches: Tensor
+
+
+@dataclass(frozen=True)
+class CropGroup:
+    """Crops of one size.
+
+    Attributes:
+        images: float (B, 3, H, W), normalised; H and W multiples of the patch.
+        mask: bool (B, N), True where the patch embedding is replaced by the mask token (before the
+            position embedding is added, as in DINOv2).
+        drop: rows that each residual branch sees; None: all.
+        patches: int64 (M,), the patches whose tokens are asked for, numbered through all crops
+            (crop * N + patch); None: all. The end of the last block is run for these alone.
+    """
+
+    images: Tensor
+    mask: Tensor | None = None
+    drop: DropRows | None = None
+    patches: Tensor | None = None
 
 
 def close_names(name: str, valid: Sequence[str]) -> str:
@@ -97,6 +120,10 @@ class ViTBackbone(nn.Module):
     Args:
         vit: the timm model; `self.vit.state_dict()` has timm's own keys.
         checkpoint_blocks: recompute each block in the backward pass to save memory.
+
+    Attributes:
+        pack: run crops of several sizes through the blocks together (see `encode`).
+        compile_backend: compile the blocks with this backend of `torch.compile`; None: do not.
     """
 
     def __init__(self, vit: VisionTransformer, *, checkpoint_blocks: bool = False) -> None:
@@ -104,6 +131,10 @@ class ViTBackbone(nn.Module):
         self.vit = vit
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
         self.checkpoint_blocks = checkpoint_blocks
+        self.pack = False
+        self.compile_backend: str | None = None
+        for block in vit.blocks:
+            attach(block)
 
     @property
     def embed_dim(self) -> int:
@@ -123,33 +154,93 @@ class ViTBackbone(nn.Module):
     def forward(
         self, images: Tensor, mask: Tensor | None = None, drop: DropRows | None = None
     ) -> Tokens:
-        """Encode crops.
+        """Encode crops of one size; arguments as in `CropGroup`."""
+        return self._encode([CropGroup(images, mask, drop)])[0]
 
-        Args:
-            images: float (B, 3, H, W), normalised; H and W multiples of the patch.
-            mask: bool (B, N), True where the patch embedding is replaced by the mask token
-                (before the position embedding is added, as in DINOv2).
-            drop: rows that each residual branch sees; None: all.
-        """
+    def encode(self, groups: Sequence[CropGroup]) -> list[Tokens]:
+        """Encode crops of several sizes; with `pack` in one pass of the blocks."""
+        if self.pack:
+            return self._encode(groups)
+        return [self._encode([group])[0] for group in groups]
+
+    def _encode(self, groups: Sequence[CropGroup]) -> list[Tokens]:
+        embedded = [self._embed(group.images, group.mask) for group in groups]
+        sizes = tuple((x.shape[0], x.shape[1]) for x in embedded)
+        selections = [self._wanted(g, x) for g, x in zip(groups, embedded, strict=True)]
+        wanted, counts = None, [x.shape[0] * x.shape[1] for x in embedded]
+        if any(selection is not None for selection in selections):
+            wanted, counts = _joint_selection(selections, counts, embedded[0].device)
+        x = join_groups(embedded)
+        last = self.depth - 1
+        for index, block in enumerate(self.vit.blocks):
+            kept = _kept_by([group.drop for group in groups], index)
+            x = self._block(block, x, sizes, kept, wanted if index == last else None)
+        parts = self.vit.norm(x).split(counts)
+        return [
+            self._tokens(part, size, chosen is not None)
+            for part, size, chosen in zip(parts, sizes, selections, strict=True)
+        ]
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens before the first block, (B, T, D)."""
         x = cast(Tensor, self.vit.patch_embed(images))
         if mask is not None:
             x = torch.where(mask.view(*x.shape[:-1], 1), self.mask_token.to(x.dtype), x)
-        x = self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x)))
-        for index, block in enumerate(self.vit.blocks):
-            x = self._block(block, x, drop, index)
-        x = self.vit.norm(x)
+        return self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x)))
+
+    def _wanted(self, group: CropGroup, x: Tensor) -> Tensor | None:
+        """Rows of a group that are asked for: class tokens, then the named patches."""
+        if group.patches is None:
+            return None
+        crops, tokens = x.shape[:2]
+        prefix = self.vit.num_prefix_tokens
+        cls = torch.arange(0, crops * tokens, tokens, device=x.device)
+        crop = group.patches.div(tokens - prefix, rounding_mode="floor")
+        return torch.cat([cls, group.patches + prefix * (crop + 1)])
+
+    def _tokens(self, x: Tensor, size: tuple[int, int], selected: bool) -> Tokens:
+        if selected:
+            return Tokens(x[: size[0]], x[size[0] :])
+        x = x.unflatten(0, size)
         return Tokens(x[:, 0], x[:, self.vit.num_prefix_tokens :])
 
-    def _block(self, block: nn.Module, x: Tensor, drop: DropRows | None, index: int) -> Tensor:
-        run: Callable[[Tensor], Tensor] = block
-        if drop is not None:
-            attn_rows, mlp_rows = drop.rows[index]
-            run = partial(
-                subset_block, block, attn_rows=attn_rows, mlp_rows=mlp_rows, scale=drop.scale
-            )
+    def _block(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        sizes: Sizes,
+        kept: tuple[Kept, Kept] | None,
+        wanted: Tensor | None,
+    ) -> Tensor:
+        arguments = (x, sizes, kept, wanted, self.compile_backend)
+        run = cast(Callable[..., Tensor], block.residual)
         if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(run, x, use_reentrant=False))
-        return run(x)
+            return cast(Tensor, checkpoint(run, *arguments, use_reentrant=False))
+        return run(*arguments)
+
+
+def _kept_by(drops: Sequence[DropRows | None], index: int) -> tuple[Kept, Kept] | None:
+    """What the two branches of a block keep of each group; groups drop all together or not."""
+    known = [drop for drop in drops if drop is not None]
+    if not known:
+        return None
+    assert len(known) == len(drops)
+    attention, mlp = (
+        [(drop.rows[index][branch], drop.scale) for drop in known] for branch in (0, 1)
+    )
+    return attention, mlp
+
+
+def _joint_selection(
+    selections: Sequence[Tensor | None], rows: Sequence[int], device: torch.device
+) -> tuple[Tensor, list[int]]:
+    """Selections of each group as one of the joined rows, and how many rows each has."""
+    parts, start = [], 0
+    for selection, count in zip(selections, rows, strict=True):
+        own = torch.arange(count, device=device) if selection is None else selection
+        parts.append(own + start)
+        start += count
+    return torch.cat(parts), [len(part) for part in parts]
 
 
 def build_backbone(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +53,20 @@ def kept_rows(
     return np.sort(order[:, :kept], axis=1)
 
 
-def make_drop_rows(
+@dataclass(frozen=True)
+class KeptRows:
+    """As `DropRows`, still on the host: per branch, int64 indices in an array."""
+
+    rows: Sequence[np.ndarray]
+    scale: float
+
+    def to(self, device: torch.device) -> DropRows:
+        """All rows in one transfer."""
+        parts = to_device(np.concatenate(self.rows), device).split([len(r) for r in self.rows])
+        return DropRows(list(zip(parts[::2], parts[1::2], strict=True)), self.scale)
+
+
+def choose_drop_rows(
     seed: int,
     step: int,
     *,
@@ -64,8 +76,7 @@ def make_drop_rows(
     start: int,
     stop: int,
     rate: float,
-    device: torch.device,
-) -> DropRows | None:
+) -> KeptRows | None:
     """The kept rows among [start, stop) of the global batch, counted from `start`.
 
     Returns:
@@ -74,28 +85,5 @@ def make_drop_rows(
     if rate <= 0.0:
         return None
     kept = kept_rows(seed, step, group=group, branches=2 * depth, total=total, rate=rate)
-    local = [row[(row >= start) & (row < stop)] - start for row in kept]
-    flat = to_device(np.concatenate(local), device)
-    parts = flat.split([len(row) for row in local])
-    return DropRows(list(zip(parts[::2], parts[1::2], strict=True)), total / kept.shape[1])
-
-
-def subset_block(
-    block: Any, x: Tensor, attn_rows: Tensor, mlp_rows: Tensor, scale: float
-) -> Tensor:
-    """A pre-norm transformer block whose two branches see a subset of the batch each.
-
-    x[r] += scale * branch(x[r]) for the rows r of that branch: the other rows cost nothing, and
-    with scale = B / |r| the expectation over random rows is the plain block.
-
-    Args:
-        block: a timm block with norm1, attn, ls1, norm2, mlp, ls2.
-        x: float (B, T, D).
-        attn_rows: int64 indices of the rows kept by attention.
-        mlp_rows: int64 indices of the rows kept by the MLP.
-        scale: factor of both branches.
-    """
-    attended = block.ls1(block.attn(block.norm1(x.index_select(0, attn_rows))))
-    x = x.index_add(0, attn_rows, attended.to(x.dtype), alpha=scale)
-    transformed = block.ls2(block.mlp(block.norm2(x.index_select(0, mlp_rows))))
-    return x.index_add(0, mlp_rows, transformed.to(x.dtype), alpha=scale)
+    own = [row[(row >= start) & (row < stop)] - start for row in kept]
+    return KeptRows(own, total / kept.shape[1])

@@ -1,12 +1,14 @@
 """What an SSL method is to the training engine.
 
-Shapes: b tiles of this rank, G global crops, L local crops.
+Shapes: b tiles of a micro-batch, G global crops, L local crops.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class StepContext:
     Attributes:
         step: step of the run.
         global_batch: tiles of all ranks in this step.
-        offset: position of this rank's first tile among them.
+        offset: position of the first tile of the batch among them.
         teacher_temp: temperature of the teacher at this step.
     """
 
@@ -43,12 +45,33 @@ class StepContext:
     teacher_temp: float
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tiles that go through the student together: a rank's share of a step, or a part of it."""
+
+    crops: Crops
+    context: StepContext
+
+    def split(self, parts: int) -> list[MicroBatch]:
+        """Cut into `parts` runs of tiles whose sizes differ by at most one."""
+        tiles = len(self.crops.global_crops)
+        cuts = [tiles * part // parts for part in range(parts + 1)]
+        return [self._rows(cuts[i], cuts[i + 1]) for i in range(parts)]
+
+    def _rows(self, start: int, stop: int) -> MicroBatch:
+        big, small = self.crops.global_crops, self.crops.local_crops
+        crops = Crops(big[start:stop], None if small is None else small[start:stop])
+        return MicroBatch(crops, replace(self.context, offset=self.context.offset + start))
+
+
 class Method(nn.Module, ABC):
     """A trainable SSL method.
 
-    `forward(crops, context)` returns (loss, metrics): the loss is this rank's part, such that the
-    *sum* of the ranks' gradients is the gradient over the global batch; metrics are detached 0-d
-    tensors, already those of the global batch.
+    A step is `begin` over all micro-batches of the rank, then `forward` and a backward pass for
+    each of them, then `metrics`. Losses are parts: the *sum* of their gradients, over the
+    micro-batches and over the ranks, is the gradient over the global batch, however it was cut.
+    What needs the whole batch (targets, negatives, batch norm, nearest neighbours) is done in
+    `begin`.
 
     Attributes:
         student: the module whose parameters are trained.
@@ -57,8 +80,34 @@ class Method(nn.Module, ABC):
     student: nn.Module
 
     @abstractmethod
-    def forward(self, crops: Crops, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one step."""
+    def begin(self, batches: Sequence[MicroBatch], scale: float) -> list[Any]:
+        """What each micro-batch must know of the others; called once a step.
+
+        Args:
+            batches: all micro-batches of this rank.
+            scale: factor that the engine gives each loss before its backward pass.
+
+        Returns:
+            One value for each micro-batch, for `forward`.
+        """
+
+    @abstractmethod
+    def forward(self, batch: MicroBatch, known: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a micro-batch (see above) and detached tensors for `metrics`.
+
+        Args:
+            batch: the micro-batch.
+            known: its value from `begin`.
+        """
+
+    @abstractmethod
+    def metrics(
+        self,
+        batches: Sequence[MicroBatch],
+        known: Sequence[Any],
+        values: Sequence[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Detached 0-d tensors of the global batch, `loss` among them; equal on all ranks."""
 
     @abstractmethod
     def clip_modules(self) -> dict[str, nn.Module]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from cytoray.models.backbones import ViTBackbone, build_backbone, default_drop_path
 from cytoray.models.encoder import read_encoder
 from cytoray.models.heads import DINOHead
+from cytoray.ssl.dino_network import DINONetwork, LossSettings
 from cytoray.ssl.masks import MaskPolicy
-from cytoray.ssl.self_distillation import DINONetwork, LossSettings, SelfDistillation
+from cytoray.ssl.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
     from cytoray.training.config import HeadConfig, PretrainConfig

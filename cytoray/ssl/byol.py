@@ -11,7 +11,7 @@ from cytoray.ssl.batch_norm import projection_mlp
 from cytoray.ssl.build import configured_backbone, configured_drop_path
 from cytoray.ssl.collectives import all_sum
 from cytoray.ssl.losses.negative_cosine import byol_loss
-from cytoray.ssl.two_views import TwoViewMethod, TwoViewNetwork, each_view
+from cytoray.ssl.two_views import TwoViewMethod, TwoViewNetwork
 
 if TYPE_CHECKING:
     from cytoray.training.config import PretrainConfig
@@ -29,11 +29,10 @@ class BYOL(TwoViewMethod):
         super().__init__(network, with_teacher=True, **options)
 
     def compare(
-        self, features: Tensor, images: Tensor, context: StepContext
+        self, features: Tensor, momentum: Tensor | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        assert self.student.predictor is not None
-        predictions = each_view(self.student.predictor, each_view(self.student.projector, features))
-        targets = self.teacher_projections(images)
+        predictions = self._predictions(features)
+        targets = self.momentum_projections(momentum)
         loss = byol_loss(predictions, targets, global_batch=context.global_batch)
         return loss, all_sum(loss.detach().clone())
 

@@ -13,7 +13,7 @@ from cytoray.ssl.batch_norm import projection_mlp
 from cytoray.ssl.build import configured_backbone, configured_drop_path
 from cytoray.ssl.collectives import all_sum, gather_rows
 from cytoray.ssl.losses.info_nce import info_nce_loss, queue_loss
-from cytoray.ssl.two_views import TwoViewMethod, TwoViewNetwork, each_view
+from cytoray.ssl.two_views import TwoViewMethod, TwoViewNetwork
 
 if TYPE_CHECKING:
     from cytoray.training.config import PretrainConfig
@@ -33,12 +33,10 @@ class MoCo(TwoViewMethod):
         self.temperature = temperature
 
     def compare(
-        self, features: Tensor, images: Tensor, context: StepContext
+        self, features: Tensor, momentum: Tensor | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        queries = each_view(self.student.projector, features)
-        if self.student.predictor is not None:
-            queries = each_view(self.student.predictor, queries)
-        keys = self.teacher_projections(images)
+        queries = self._predictions(features)
+        keys = self.momentum_projections(momentum)
         loss = self.contrast(queries, keys, context)
         return loss, all_sum(loss.detach().clone())
 

@@ -1,7 +1,7 @@
 """Self-distillation of a ViT by an EMA teacher: the parts DINO, iBOT and DINOv2 are made of.
 
-Shapes: b tiles of this rank, G global crops, L local crops, D width, K prototypes, M masked patches
-of this rank. Crops are numbered tile by tile: crop = tile * G + view.
+Shapes: b tiles of a micro-batch, G global crops, L local crops, D width, K prototypes, M masked
+patches of a micro-batch. Crops are numbered tile by tile: crop = tile * G + view.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from cytoray.models.backbones import ViTBackbone
-from cytoray.models.drop_path import make_drop_rows
-from cytoray.models.heads import DINOHead
+from cytoray.models.backbones import CropGroup, ViTBackbone
+from cytoray.models.drop_path import DropRows
 from cytoray.models.transfer import to_device
-from cytoray.ssl.base import Crops, Method, StepContext
+from cytoray.ssl.base import Method, MicroBatch
+from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import all_sum, gather_rows
+from cytoray.ssl.dino_network import DINONetwork, LossSettings
 from cytoray.ssl.losses import build_targets, dino_loss, ibot_loss, koleo_loss
-from cytoray.ssl.masks import MaskPolicy, make_block_masks
+from cytoray.ssl.masks import MaskedPatches
 from cytoray.ssl.monitor import effective_rank, entropy, feature_std
+from cytoray.ssl.moving_average import follow
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class _Masked:
     mask: Tensor  # bool (b*G, N)
     index: Tensor  # int64 (M,)
     weight: Tensor  # float32 (M,)
+
+    @staticmethod
+    def of(made: MaskedPatches, device: torch.device) -> _Masked:
+        return _Masked(*(to_device(x, device) for x in (made.mask, made.index, made.weight)))
 
 
 @dataclass(frozen=True)
@@ -39,40 +45,20 @@ class _Targets:
     features: Tensor  # float (b, G, D)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossSettings:
-    """Weights, temperatures and masks of the three losses."""
+@dataclass(frozen=True)
+class _Koleo:
+    """KoLeo of the global batch, and its slope at the class tokens of a micro-batch."""
 
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
-    student_temp: float = 0.1
-    centering: str = "sinkhorn"
-    centre_momentum: float = 0.9
-    masks: MaskPolicy = field(default_factory=MaskPolicy)
+    value: Tensor
+    slope: Tensor  # float32 (b, G, D)
 
 
-class DINONetwork(nn.Module):
-    """Backbone and heads of the student or the teacher; `patch_head` None: shared with `cls`."""
-
-    def __init__(
-        self, backbone: ViTBackbone, cls_head: DINOHead, patch_head: DINOHead | None
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.cls_head = cls_head
-        self.patch_head = patch_head
-
-    def project(
-        self, cls: Sequence[Tensor], patches: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Logits of blocks of class tokens (n, D) and of masked patches (M, D)."""
-        if patches is None:
-            return self.cls_head.forward_parts(cls), None
-        if self.patch_head is not None:
-            return self.cls_head.forward_parts(cls), self.patch_head(patches)
-        *logits, patch_logits = self.cls_head.forward_parts([*cls, patches])
-        return logits, patch_logits
+@dataclass(frozen=True)
+class _Known:
+    masked: _Masked | None
+    drop: list[DropRows | None]
+    targets: _Targets
+    koleo: _Koleo | None  # None where the micro-batch is the whole share
 
 
 class SelfDistillation(Method):
@@ -102,9 +88,14 @@ class SelfDistillation(Method):
         self.student = network
         self.teacher = copy.deepcopy(network).requires_grad_(False).eval()
         self.settings = settings
-        self.drop_path = drop_path
-        self.seed = seed
         self.entropy_bound = math.log(out_dim)
+        rules = ChoiceRules(
+            seed=seed,
+            depth=network.backbone.depth,
+            drop_path=drop_path,
+            masks=settings.masks if settings.ibot_weight else None,
+        )
+        self.choices = Ahead(rules)
         targets = [
             build_targets(settings.centering, out_dim, centre_momentum=settings.centre_momentum)
             for _ in range(2)
@@ -119,82 +110,92 @@ class SelfDistillation(Method):
         self.teacher.eval()
         return self
 
-    def forward(self, crops: Crops, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        views = crops.global_crops.shape[1]
-        images = crops.global_crops.flatten(0, 1)
-        masked = self._masks(crops, context) if self.settings.ibot_weight else None
-        targets = self._targets(images, masked, views, context)
-        parts = self._student_parts(crops, images, masked, targets, context)
-        s = self.settings
-        loss = s.dino_weight * parts["dino"] + s.koleo_weight * parts["koleo"]
-        loss = loss + s.ibot_weight * parts["ibot"]
-        return loss, self._metrics(parts, targets, context)
-
-    def _masks(self, crops: Crops, context: StepContext) -> _Masked:
-        tiles, views, _, height, width = crops.global_crops.shape
-        patch_px = self.student.backbone.patch_px
-        made = make_block_masks(
-            self.seed,
-            context.step,
-            num_crops=context.global_batch * views,
-            start=context.offset * views,
-            stop=(context.offset + tiles) * views,
-            grid=(height // patch_px, width // patch_px),
-            policy=self.settings.masks,
-        )
-        device = crops.global_crops.device
-        arrays = (made.mask, made.index, made.weight)
-        return _Masked(*(to_device(array, device) for array in arrays))
+    def begin(self, batches: Sequence[MicroBatch], scale: float) -> list[_Known]:
+        shape = StepShape.of(batches, self.student.backbone.patch_px)
+        chosen = self.choices(batches[0].context.step, shape)
+        device = batches[0].crops.global_crops.device
+        masked = [None if c.masked is None else _Masked.of(c.masked, device) for c in chosen]
+        drop = [c.drop_rows(device) for c in chosen]
+        targets = self._targets(batches, masked)
+        koleo: Sequence[_Koleo | None] = [None] * len(batches)
+        if len(batches) > 1 and self.settings.koleo_weight:
+            koleo = self._koleo(batches, masked, drop)
+        return [_Known(*each) for each in zip(masked, drop, targets, koleo, strict=True)]
 
     @torch.no_grad()
     def _targets(
-        self, images: Tensor, masked: _Masked | None, views: int, context: StepContext
-    ) -> _Targets:
-        tokens = self.teacher.backbone(images)
-        chosen = None
-        if masked is not None:
-            chosen = tokens.patches.flatten(0, 1).index_select(0, masked.index)
-        (cls,), patches = self.teacher.project([tokens.cls], chosen)
-        with torch.autocast(images.device.type, enabled=False):
-            temp = context.teacher_temp
-            cls = self.cls_targets(cls, temp=temp)
-            if patches is not None:
-                patches = self.patch_targets(patches, temp=temp)
-        return _Targets(
-            cls.unflatten(0, (-1, views)), patches, tokens.cls.unflatten(0, (-1, views))
+        self, batches: Sequence[MicroBatch], masked: Sequence[_Masked | None]
+    ) -> list[_Targets]:
+        """Targets of all micro-batches together: Sinkhorn and the centre are over all rows."""
+        cls, patches = [], []
+        for batch, hidden in zip(batches, masked, strict=True):
+            images = batch.crops.global_crops.flatten(0, 1)
+            wanted = _no_patches(images) if hidden is None else hidden.index
+            (tokens,) = self.teacher.backbone.encode([CropGroup(images, patches=wanted)])
+            cls.append(tokens.cls)
+            if hidden is not None:
+                patches.append(tokens.patches)
+        (logits,), patch_logits = self.teacher.project(
+            [torch.cat(cls)], torch.cat(patches) if patches else None
         )
+        views = batches[0].crops.global_crops.shape[1]
+        with torch.autocast(logits.device.type, enabled=False):
+            temp = batches[0].context.teacher_temp
+            aims = self.cls_targets(logits, temp=temp).split([len(x) for x in cls])
+            patch_aims: Sequence[Tensor | None] = [None] * len(batches)
+            if patch_logits is not None:
+                whole = self.patch_targets(patch_logits, temp=temp)
+                patch_aims = whole.split([len(x) for x in patches])
+        return [
+            _Targets(aim.unflatten(0, (-1, views)), patch_aim, x.unflatten(0, (-1, views)))
+            for aim, patch_aim, x in zip(aims, patch_aims, cls, strict=True)
+        ]
 
-    def _student_parts(
+    def _koleo(
         self,
-        crops: Crops,
-        images: Tensor,
-        masked: _Masked | None,
-        targets: _Targets,
-        context: StepContext,
-    ) -> dict[str, Tensor]:
+        batches: Sequence[MicroBatch],
+        masked: Sequence[_Masked | None],
+        drop: Sequence[list[DropRows | None]],
+    ) -> list[_Koleo]:
+        """The nearest neighbour may be in another micro-batch: a pass of its own, without graph."""
+        with torch.no_grad():
+            cls = [
+                self.student.backbone.encode([_global_crops(batch, hidden, rows)])[0].cls
+                for batch, hidden, rows in zip(batches, masked, drop, strict=True)
+            ]
+        views = batches[0].crops.global_crops.shape[1]
+        features = torch.cat(cls).float().unflatten(0, (-1, views)).requires_grad_()
+        context = batches[0].context
+        with torch.autocast(features.device.type, enabled=False):
+            value = koleo_loss(features, global_batch=context.global_batch, offset=context.offset)
+        (slope,) = torch.autograd.grad(value, features)
+        parts = slope.split([len(x) // views for x in cls])
+        return [_Koleo(value.detach(), part) for part in parts]
+
+    def forward(self, batch: MicroBatch, known: _Known) -> tuple[Tensor, dict[str, Tensor]]:
+        crops, masked = batch.crops, known.masked
         tiles, views = crops.global_crops.shape[:2]
-        mask = None if masked is None else masked.mask
-        tokens = self.student.backbone(images, mask, self._drop(0, views, tiles, images, context))
-        cls = [tokens.cls]
+        groups = [_global_crops(batch, masked, known.drop)]
         if crops.local_crops is not None:
             local = crops.local_crops.flatten(0, 1)
-            drop = self._drop(1, crops.local_crops.shape[1], tiles, local, context)
-            cls.append(self.student.backbone(local, None, drop).cls)
-        chosen = None
-        if masked is not None:
-            chosen = tokens.patches.flatten(0, 1).index_select(0, masked.index)
-        logits, patch_logits = self.student.project(cls, chosen)
-        with torch.autocast(images.device.type, enabled=False):
+            groups.append(CropGroup(local, drop=known.drop[1], patches=_no_patches(local)))
+        tokens = self.student.backbone.encode(groups)
+        chosen = None if masked is None else tokens[0].patches
+        logits, patch_logits = self.student.project([part.cls for part in tokens], chosen)
+        with torch.autocast(crops.global_crops.device.type, enabled=False):
             local_logits = logits[1].unflatten(0, (tiles, -1)) if logits[1:] else None
-            return self._losses(
+            parts = self._losses(
                 logits[0].unflatten(0, (tiles, views)),
                 local_logits,
                 patch_logits,
-                tokens.cls.unflatten(0, (tiles, views)),
-                masked,
-                targets,
-                context,
+                tokens[0].cls.unflatten(0, (tiles, views)),
+                known,
+                batch,
             )
+        s = self.settings
+        loss = s.dino_weight * parts["dino"] + s.koleo_weight * parts["koleo"]
+        loss = loss + s.ibot_weight * parts["ibot"]
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     def _losses(
         self,
@@ -202,11 +203,11 @@ class SelfDistillation(Method):
         local_logits: Tensor | None,
         patch_logits: Tensor | None,
         cls: Tensor,
-        masked: _Masked | None,
-        targets: _Targets,
-        context: StepContext,
+        known: _Known,
+        batch: MicroBatch,
     ) -> dict[str, Tensor]:
-        s, total = self.settings, context.global_batch
+        s, context, targets = self.settings, batch.context, known.targets
+        total = context.global_batch
         zero = cls.new_zeros((), dtype=torch.float32)
         parts = {"dino": zero, "ibot": zero, "koleo": zero}
         parts["dino"] = dino_loss(
@@ -216,43 +217,42 @@ class SelfDistillation(Method):
             student_temp=s.student_temp,
             global_batch=total,
         )
-        if masked is not None and patch_logits is not None and targets.patches is not None:
+        if known.masked is not None and patch_logits is not None and targets.patches is not None:
             parts["ibot"] = ibot_loss(
                 patch_logits,
                 targets.patches,
-                masked.weight,
+                known.masked.weight,
                 student_temp=s.student_temp,
                 global_crops=total * cls.shape[1],
             )
-        if s.koleo_weight:
+        if known.koleo is not None:
+            parts["koleo"] = (cls.float() * known.koleo.slope).sum()  # has KoLeo's gradient
+        elif s.koleo_weight:
             parts["koleo"] = koleo_loss(cls, global_batch=total, offset=context.offset)
         return parts
 
-    def _drop(self, group: int, views: int, tiles: int, images: Tensor, context: StepContext):
-        return make_drop_rows(
-            self.seed,
-            context.step,
-            group=group,
-            depth=self.student.backbone.depth,
-            total=context.global_batch * views,
-            start=context.offset * views,
-            stop=(context.offset + tiles) * views,
-            rate=self.drop_path if self.training else 0.0,
-            device=images.device,
-        )
-
     @torch.no_grad()
-    def _metrics(
-        self, parts: dict[str, Tensor], targets: _Targets, context: StepContext
+    def metrics(
+        self,
+        batches: Sequence[MicroBatch],
+        known: Sequence[_Known],
+        values: Sequence[dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        s, total = self.settings, context.global_batch
-        crops = total * targets.cls.shape[1]
-        flat = targets.cls.flatten(0, 1)
-        sums = torch.stack([parts["dino"], parts["ibot"], entropy(flat).sum() / crops])
+        s, context = self.settings, batches[0].context
+        total = context.global_batch
+        cls = _joined([part.targets.cls for part in known])
+        crops = total * cls.shape[1]
+        flat = cls.flatten(0, 1)
+        dino, ibot, koleo = (
+            torch.stack([part[name] for part in values]).sum() for name in ("dino", "ibot", "koleo")
+        )
+        sums = torch.stack([dino, ibot, entropy(flat).sum() / crops])
         reduced = all_sum(torch.cat([sums, flat.sum(0) / crops]))
         dino, ibot, row_entropy = reduced[:3].unbind()
-        koleo = parts["koleo"].detach()
-        features = gather_rows(targets.features[:, 0].float(), total=total, offset=context.offset)
+        if known[0].koleo is not None:
+            koleo = known[0].koleo.value
+        first = _joined([part.targets.features[:, 0].float() for part in known])
+        features = gather_rows(first, total=total, offset=context.offset)
         return {
             "loss": s.dino_weight * dino + s.ibot_weight * ibot + s.koleo_weight * koleo,
             "loss_dino": dino,
@@ -274,13 +274,29 @@ class SelfDistillation(Method):
             modules["patch_head"] = self.student.patch_head
         return modules
 
-    @torch.no_grad()
     def after_step(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student."""
-        torch._foreach_lerp_(
-            list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum
-        )
+        follow(self.teacher, self.student, momentum)
 
     def encoder(self) -> ViTBackbone:
         """The teacher's backbone."""
         return self.teacher.backbone
+
+
+def _global_crops(
+    batch: MicroBatch, masked: _Masked | None, drop: Sequence[DropRows | None]
+) -> CropGroup:
+    """What the student's backbone is given of the global crops."""
+    images = batch.crops.global_crops.flatten(0, 1)
+    if masked is None:
+        return CropGroup(images, drop=drop[0], patches=_no_patches(images))
+    return CropGroup(images, masked.mask, drop[0], masked.index)
+
+
+def _no_patches(images: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=images.device)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """All rows; without a copy when there is one part only."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

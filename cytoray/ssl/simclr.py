@@ -30,17 +30,20 @@ class SimCLR(TwoViewMethod):
         self.temperature = temperature
 
     def compare(
-        self, features: Tensor, images: Tensor, context: StepContext
+        self, features: Tensor, momentum: Tensor | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
-        # Both views go through the projector as one batch.
-        projections = self.student.projector(features.flatten(0, 1))
         loss = nt_xent_loss(
-            projections.unflatten(0, features.shape[:2]),
+            self._predictions(features),
             temperature=self.temperature,
             global_batch=context.global_batch,
             offset=context.offset,
         )
         return loss, loss.detach()
+
+    def _predictions(self, features: Tensor) -> Tensor:
+        # Both views go through the projector as one batch.
+        projections = self.student.projector(features.flatten(0, 1))
+        return projections.unflatten(0, features.shape[:2])
 
 
 def build_simclr(config: PretrainConfig) -> SimCLR:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.models.backbones import ViTBackbone
-from cytoray.models.drop_path import make_drop_rows
-from cytoray.ssl.base import Crops, Method, StepContext
+from cytoray.models.drop_path import DropRows
+from cytoray.ssl.base import Method, MicroBatch, StepContext
+from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import gather_rows
 from cytoray.ssl.monitor import effective_rank, feature_std
+from cytoray.ssl.moving_average import follow
 
 if TYPE_CHECKING:
     from cytoray.training.config import PretrainConfig
@@ -75,6 +78,30 @@ def two_view_problems(config: PretrainConfig) -> list[str]:
     return [message for fine, message in checks if not fine]
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What a comparison of all micro-batches has found.
+
+    Attributes:
+        slope: float (b, 2, D), gradient of the loss at the features of a micro-batch.
+        whole: the loss over all ranks.
+        first: (b of the rank, D), features of all first views.
+        heads_join: whether the heads are to be part of this micro-batch's graph.
+    """
+
+    slope: Tensor
+    whole: Tensor
+    first: Tensor
+    heads_join: bool
+
+
+@dataclass(frozen=True)
+class _Known:
+    drop: DropRows | None
+    momentum: Tensor | None  # float (b, 2, D), where it is still to be compared
+    compared: _Compared | None
+
+
 class TwoViewNetwork(nn.Module):
     """Backbone, projector and, for the side that is trained, perhaps a predictor."""
 
@@ -110,8 +137,8 @@ class TwoViewMethod(Method):
     ) -> None:
         super().__init__()
         self.student = network
-        self.drop_path = drop_path
-        self.seed = seed
+        depth = network.backbone.depth
+        self.choices = Ahead(ChoiceRules(seed=seed, depth=depth, drop_path=drop_path))
         network.backbone.mask_token.requires_grad_(False)
         self.teacher = None
         if with_teacher:
@@ -125,25 +152,86 @@ class TwoViewMethod(Method):
             self.teacher.eval()
         return self
 
-    def forward(self, crops: Crops, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        tiles, views = crops.global_crops.shape[:2]
-        images = crops.global_crops.flatten(0, 1)
-        drop = make_drop_rows(
-            self.seed,
-            context.step,
-            group=0,
-            depth=self.student.backbone.depth,
-            total=context.global_batch * views,
-            start=context.offset * views,
-            stop=(context.offset + tiles) * views,
-            rate=self.drop_path if self.training else 0.0,
-            device=images.device,
+    def begin(self, batches: Sequence[MicroBatch], scale: float) -> list[_Known]:
+        backbone = self.student.backbone
+        chosen = self.choices(batches[0].context.step, StepShape.of(batches, backbone.patch_px))
+        device = batches[0].crops.global_crops.device
+        drop = [choices.drop_rows(device)[0] for choices in chosen]
+        momentum = self._momentum_features(batches)
+        if len(batches) == 1:
+            return [_Known(drop[0], momentum, None)]
+        return self._compare_first(batches, drop, momentum, scale)
+
+    def _compare_first(
+        self,
+        batches: Sequence[MicroBatch],
+        drop: Sequence[DropRows | None],
+        momentum: Tensor | None,
+        scale: float,
+    ) -> list[_Known]:
+        """Views are compared across micro-batches: heads and loss on the features of all of them.
+
+        The features come from a pass without graph; their slopes are what the pass with graph,
+        micro-batch by micro-batch, goes backward from (GradCache, Gao et al. 2021). The heads get
+        their gradients here.
+        """
+        with torch.no_grad():
+            parts = [self._features(*each) for each in zip(batches, drop, strict=True)]
+        features = torch.cat(parts).requires_grad_()
+        loss, whole = self.compare(features, momentum, batches[0].context)
+        (loss * scale).backward()
+        assert features.grad is not None
+        slopes = (features.grad / scale).split([len(part) for part in parts])
+        last = len(batches) - 1
+        first = features.detach()[:, 0]
+        return [
+            _Known(rows, None, _Compared(slope, whole, first, heads_join=index == last))
+            for index, (rows, slope) in enumerate(zip(drop, slopes, strict=True))
+        ]
+
+    def forward(self, batch: MicroBatch, known: _Known) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self._features(batch, known.drop)
+        done = known.compared
+        if done is None:
+            loss, whole = self.compare(features, known.momentum, batch.context)
+            return loss, {"loss": whole, "first": features[:, 0].detach()}
+        loss = (features * done.slope).sum()
+        if done.heads_join:
+            # On no rows: a zero that makes the heads part of the graph whose gradients are summed
+            # over the ranks.
+            loss = loss + self._predictions(features[:0]).sum()
+        return loss, {}
+
+    def _features(self, batch: MicroBatch, drop: DropRows | None) -> Tensor:
+        """Class tokens of the student, float (b, 2, D)."""
+        images = batch.crops.global_crops
+        tokens = self.student.backbone(images.flatten(0, 1), None, drop)
+        return tokens.cls.unflatten(0, images.shape[:2])
+
+    @torch.no_grad()
+    def _momentum_features(self, batches: Sequence[MicroBatch]) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        backbone = self.teacher.backbone
+        return torch.cat(
+            [
+                backbone(images.flatten(0, 1)).cls.unflatten(0, images.shape[:2])
+                for images in (batch.crops.global_crops for batch in batches)
+            ]
         )
-        features = self.student.backbone(images, None, drop).cls.unflatten(0, (tiles, views))
-        loss, whole = self.compare(features, crops.global_crops, context)
-        first = features[:, 0].detach().float()
-        everyone = gather_rows(first, total=context.global_batch, offset=context.offset)
-        return loss, {
+
+    @torch.no_grad()
+    def metrics(
+        self,
+        batches: Sequence[MicroBatch],
+        known: Sequence[_Known],
+        values: Sequence[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        done, context = known[0].compared, batches[0].context
+        whole = values[0]["loss"] if done is None else done.whole
+        first = values[0]["first"] if done is None else done.first
+        everyone = gather_rows(first.float(), total=context.global_batch, offset=context.offset)
+        return {
             "loss": whole,
             "feature_std": feature_std(everyone),
             "effective_rank": effective_rank(everyone),
@@ -151,25 +239,30 @@ class TwoViewMethod(Method):
 
     @abstractmethod
     def compare(
-        self, features: Tensor, images: Tensor, context: StepContext
+        self, features: Tensor, momentum: Tensor | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
         """The loss.
 
         Args:
             features: float (b, 2, D), class tokens of the student.
-            images: float (b, 2, 3, g, g).
+            momentum: float (b, 2, D), of the momentum network; None without one.
             context: where the batch stands in the run.
 
         Returns:
             This rank's loss (see `Method`) and, detached, the value over all ranks.
         """
 
+    def _predictions(self, features: Tensor) -> Tensor:
+        """The student's projections, or predictions: (b, 2, D) to (b, 2, P), view by view."""
+        views = each_view(self.student.projector, features)
+        return views if self.student.predictor is None else each_view(self.student.predictor, views)
+
     @torch.no_grad()
-    def teacher_projections(self, images: Tensor) -> Tensor:
-        """Projections of the momentum network: (b, V, 3, g, g) to float (b, V, P)."""
+    def momentum_projections(self, momentum: Tensor | None) -> Tensor:
+        """Projections of the momentum network: (b, 2, D) to (b, 2, P)."""
         assert self.teacher is not None
-        tokens = self.teacher.backbone(images.flatten(0, 1)).cls
-        return each_view(self.teacher.projector, tokens.unflatten(0, images.shape[:2]))
+        assert momentum is not None
+        return each_view(self.teacher.projector, momentum)
 
     def clip_modules(self) -> dict[str, nn.Module]:
         modules: dict[str, nn.Module] = {
@@ -180,16 +273,11 @@ class TwoViewMethod(Method):
             modules["predictor"] = self.student.predictor
         return modules
 
-    @torch.no_grad()
     def after_step(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, where there is a teacher."""
-        if self.teacher is None:
-            return
-        for old, new in (
-            (self.teacher.backbone, self.student.backbone),
-            (self.teacher.projector, self.student.projector),
-        ):
-            torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), 1.0 - momentum)
+        if self.teacher is not None:
+            follow(self.teacher.backbone, self.student.backbone, momentum)
+            follow(self.teacher.projector, self.student.projector, momentum)
 
     def encoder(self) -> ViTBackbone:
         """The trained side's backbone, as the papers evaluate it."""

@@ -122,7 +122,15 @@ class PretrainConfig:
 
     Attributes:
         batch_size: tiles per step over all workers together.
+        accumulate: micro-batches that a worker's share of a step is cut into, to fit a small
+            device; the gradient is that of the whole batch for every method.
         precision: `auto` is bf16 on CUDA and fp32 elsewhere; weights are fp32 always.
+        sharding: `ddp`: every worker holds the whole model; `fsdp`: a piece of it; `auto`: `fsdp`
+            from a width of 1024 (ViT-L) on. A run may be resumed with another choice.
+        pack_crops: run global and local crops through the blocks together; None: on CUDA, where a
+            step is then half as many kernels. A CPU gains nothing by larger matrices and pays for
+            joining and splitting.
+        compile: `torch.compile` each block; None: on CUDA with Triton and a C compiler.
         checkpoint_blocks: recompute the blocks in the backward pass, to fit a small device.
         seed: of the initial weights, masks and drop path; none depends on the worker count.
 
@@ -138,8 +146,12 @@ class PretrainConfig:
     two_views: TwoViewConfig = field(default_factory=TwoViewConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 256
+    accumulate: int = 1
     total_steps: int = 100_000
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"
+    pack_crops: bool | None = None
+    compile: bool | None = None
     checkpoint_blocks: bool = False
     seed: int = 0
 
@@ -206,6 +218,8 @@ def _method_problems(config: PretrainConfig) -> list[str]:
         problems.append(f"method {config.method!r} is none of {', '.join(sorted(METHODS))}")
     if config.precision not in ("auto", "fp32", "bf16"):
         problems.append(f"precision {config.precision!r} is none of auto, bf16, fp32")
+    if config.sharding not in ("auto", "ddp", "fsdp"):
+        problems.append(f"sharding {config.sharding!r} is none of auto, ddp, fsdp")
     if config.loss.centering not in (None, *TARGETS):
         problems.append(
             f"loss.centering {config.loss.centering!r} is none of {', '.join(sorted(TARGETS))}"
@@ -243,6 +257,11 @@ def _range_problems(config: PretrainConfig) -> list[str]:
     head, loss, backbone = config.head, config.loss, config.backbone
     checks = [
         (config.batch_size >= 2, "batch_size must be at least 2: tiles are told apart in a batch"),
+        (
+            1 <= config.accumulate <= config.batch_size,
+            f"accumulate must be between 1 and batch_size {config.batch_size}, "
+            f"is {config.accumulate}",
+        ),
         (config.total_steps >= 1, "total_steps must be at least 1"),
         (config.seed >= 0, "seed must not be negative"),
         (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import timm
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import cytoray
@@ -18,9 +18,10 @@ from cytoray.errors import InputError
 from cytoray.models.transfer import to_device
 from cytoray.perturb.views import VIEW_COLUMN
 from cytoray.ssl.augment import render_views
-from cytoray.ssl.base import Crops, StepContext
+from cytoray.ssl.base import Crops, MicroBatch, StepContext
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig, normalisation
+from cytoray.training.devices import resolve_precision, set_block_passes
 from cytoray.training.optim import (
     apply_schedule,
     build_optimizer,
@@ -28,6 +29,13 @@ from cytoray.training.optim import (
     parameter_groups,
 )
 from cytoray.training.schedules import step_values
+from cytoray.training.sharding import (
+    cut_model_state,
+    cut_optimizer_state,
+    gathered,
+    resolve_sharding,
+    share_method,
+)
 
 STATE_FORMAT = 1
 
@@ -47,6 +55,7 @@ class PretrainEngine:
     Attributes:
         method: the SSL method with student and teacher.
         optimizer: AdamW over the student.
+        sharding: `none` (one rank), `ddp` or `fsdp`.
         steps_done: steps taken, i.e. the number of the next one.
     """
 
@@ -69,6 +78,15 @@ class PretrainEngine:
             torch.manual_seed(config.seed)
             self.method = METHODS[config.method](config)
         self.method.to(self.device).train()
+        set_block_passes(
+            self.method, self.device, pack_crops=config.pack_crops, compiled=config.compile
+        )
+        self.sharding = resolve_sharding(
+            config.sharding, world_size=world_size, embed_dim=self.method.encoder().embed_dim
+        )
+        self._model = share_method(
+            self.method, self.sharding, device=self.device, bf16=self.precision == "bf16"
+        )
         groups = parameter_groups(
             self.method.student,
             depth=self.method.encoder().depth,
@@ -76,11 +94,6 @@ class PretrainEngine:
             patch_embed_lr_mult=config.optim.patch_embed_lr_mult,
         )
         self.optimizer = build_optimizer(groups, beta1=config.optim.beta1, beta2=config.optim.beta2)
-        self._model: nn.Module = self.method
-        if world_size > 1:
-            self._model = DistributedDataParallel(
-                self.method, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
 
     def step(self, batch: Mapping[str, Any], step: int) -> dict[str, Tensor]:
         """Take one optimiser step; nothing waits for the device.
@@ -104,18 +117,7 @@ class PretrainEngine:
             InputError: the batch does not have the configured views.
         """
         values = step_values(self.config, step)
-        crops = self._crops(batch)
-        tiles = crops.global_crops.shape[0]
-        context = StepContext(
-            step=step,
-            global_batch=int(batch.get("global_batch", tiles * self.world_size)),
-            offset=int(batch.get("offset", tiles * self.rank)),
-            teacher_temp=values.teacher_temp,
-        )
-        with self._autocast():
-            loss, metrics = self._model(crops, context)
-        # The ranks' gradients are to be summed; DistributedDataParallel takes their mean.
-        (loss * self.world_size).backward()
+        metrics = self._gradients(self._micro_batches(batch, step, values.teacher_temp))
         norms = clip_per_module(self.method.clip_modules(), self.config.optim.clip_grad)
         apply_schedule(self.optimizer, values)
         self._optimizer_step(metrics["loss"], norms)
@@ -132,6 +134,45 @@ class PretrainEngine:
             | norms
             | {name: torch.tensor(value, dtype=torch.float64) for name, value in scheduled.items()}
         )
+
+    def _micro_batches(
+        self, batch: Mapping[str, Any], step: int, teacher_temp: float
+    ) -> list[MicroBatch]:
+        crops = self._crops(batch)
+        tiles = crops.global_crops.shape[0]
+        if tiles < self.config.accumulate:
+            raise InputError(
+                f"rank {self.rank} has {tiles} tiles for {self.config.accumulate} micro-batches; "
+                "lower accumulate or the number of workers, or raise batch_size"
+            )
+        context = StepContext(
+            step=step,
+            global_batch=int(batch.get("global_batch", tiles * self.world_size)),
+            offset=int(batch.get("offset", tiles * self.rank)),
+            teacher_temp=teacher_temp,
+        )
+        return MicroBatch(crops, context).split(self.config.accumulate)
+
+    def _gradients(self, batches: list[MicroBatch]) -> dict[str, Tensor]:
+        """Leave the gradient of the global batch in the parameters; metrics of the method."""
+        # The ranks' gradients are to be summed; both ways of sharding take their mean.
+        scale = float(self.world_size)
+        with self._autocast():
+            known = self.method.begin(batches, scale)
+        values = []
+        for index, (part, its) in enumerate(zip(batches, known, strict=True)):
+            with self._exchanging(last=index == len(batches) - 1):
+                with self._autocast():
+                    loss, found = self._model(part, its)
+                (loss * scale).backward()
+            values.append(found)
+        return self.method.metrics(batches, known, values)
+
+    def _exchanging(self, *, last: bool) -> AbstractContextManager:
+        """Ranks exchange gradients once a step: with those of the last micro-batch."""
+        if isinstance(self._model, DistributedDataParallel) and not last:
+            return self._model.no_sync()
+        return nullcontext()
 
     def _optimizer_step(self, loss: Tensor, norms: Mapping[str, Tensor]) -> None:
         finite = torch.isfinite(torch.stack([loss, *norms.values()])).all()
@@ -170,9 +211,10 @@ class PretrainEngine:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: tensors (not copied) and plain values only.
 
-        `rng` is this rank's; all else is equal on all ranks.
+        `rng` is this rank's; all else is equal on all ranks. Under `fsdp` all ranks must call it,
+        and rank 0 alone gets the tensors, whole and in host memory: the same state as under `ddp`.
         """
-        return {
+        state = {
             "format": STATE_FORMAT,
             "step": self.steps_done,
             "config": to_plain(self.config),
@@ -185,9 +227,12 @@ class PretrainEngine:
             "optimizer": self.optimizer.state_dict(),
             "rng": self.rng_state(),
         }
+        return gathered(state, keep=self.rank == 0)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, on this device and with any number of ranks.
+        """Continue from `state_dict`, on this device, with any number of ranks and any sharding.
+
+        All ranks are given the whole state.
 
         Raises:
             InputError: the state is of another architecture or format.
@@ -198,8 +243,8 @@ class PretrainEngine:
                 f"{STATE_FORMAT}; continue with cytoray {state.get('versions', {}).get('cytoray')}"
             )
         try:
-            self.method.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(cut_model_state(self.method, state["model"]))
+            self.optimizer.load_state_dict(cut_optimizer_state(self.optimizer, state["optimizer"]))
         except (RuntimeError, ValueError) as error:
             raise InputError(
                 f"the checkpoint does not fit the configured model: {error}"
@@ -221,15 +266,11 @@ class PretrainEngine:
             torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
 
     def encoder_state_dict(self) -> dict[str, Tensor]:
-        """Weights of the encoder so far (the teacher's), timm keys; see `encoder_spec`."""
-        return self.method.encoder().vit.state_dict()
+        """Weights of the encoder so far (the teacher's), timm keys; see `encoder_spec`.
 
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` as bf16 on CUDA and fp32 elsewhere."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision
+        Under `fsdp` all ranks must call it; rank 0 alone gets the tensors.
+        """
+        return gathered(self.method.encoder().vit.state_dict(), keep=self.rank == 0)
 
 
 def _check_world(rank: int, world_size: int) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from cytoray.ssl.collectives import all_sum
+from cytoray.ssl.moving_average import local_part
 from cytoray.training.schedules import StepValues
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
@@ -77,18 +80,24 @@ def apply_schedule(optimizer: AdamW, values: StepValues) -> None:
 
 
 @torch.no_grad()
-def clip_per_module(modules: dict[str, nn.Module], max_norm: float) -> dict[str, torch.Tensor]:
+def clip_per_module(modules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each module to `max_norm` (0: only measure).
+
+    Of sharded gradients each rank works on its pieces; the norm is of the whole.
 
     Returns:
         `grad_norm_<module>` before clipping, 0-d tensors on the device.
     """
-    norms = {}
-    for name, module in modules.items():
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        norm = cast(torch.Tensor, nn.utils.get_total_norm(gradients))
-        if max_norm > 0:
-            parameters = [p for p in module.parameters() if p.grad is not None]
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        norms[f"grad_norm_{name}"] = norm
-    return norms
+    gradients = {
+        name: [p.grad for p in module.parameters() if p.grad is not None]
+        for name, module in modules.items()
+    }
+    pieces = {name: [local_part(g) for g in found] for name, found in gradients.items()}
+    norms = torch.stack([nn.utils.get_total_norm(own) for own in pieces.values()])
+    if any(isinstance(g, DTensor) for found in gradients.values() for g in found):
+        norms = all_sum(norms.square()).sqrt()
+    if max_norm > 0:
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        for own, factor in zip(pieces.values(), factors.unbind(), strict=True):
+            torch._foreach_mul_(own, factor)
+    return {f"grad_norm_{name}": n for name, n in zip(pieces, norms.unbind(), strict=True)}

@@ -4,7 +4,7 @@ import torch
 
 from cytoray.errors import InputError
 from cytoray.models.backbones import backbone_facts, build_backbone, default_drop_path
-from cytoray.models.drop_path import DropRows, kept_rows, make_drop_rows
+from cytoray.models.drop_path import DropRows, choose_drop_rows, kept_rows
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
@@ -92,16 +92,18 @@ def test_kept_rows_are_shared_out_over_ranks():
     assert kept.shape == (4, 14)
     assert all(len(set(row)) == 14 for row in kept.tolist())
     assert len({tuple(row) for row in kept.tolist()}) == 4  # a permutation of its own per branch
-    common = {"group": 0, "depth": 2, "total": 20, "rate": 0.3, "device": torch.device("cpu")}
-    parts = [make_drop_rows(3, 7, start=a, stop=b, **common) for a, b in ((0, 6), (6, 20))]
+    common = {"group": 0, "depth": 2, "total": 20, "rate": 0.3}
+    parts = [choose_drop_rows(3, 7, start=a, stop=b, **common) for a, b in ((0, 6), (6, 20))]
     assert parts[0] is not None
     assert parts[1] is not None
     assert parts[0].scale == 20 / 14
-    joined = torch.cat([parts[0].rows[1][0], parts[1].rows[1][0] + 6])
-    assert joined.tolist() == kept[2].tolist()
+    joined = [*parts[0].rows[2], *(parts[1].rows[2] + 6)]
+    assert joined == kept[2].tolist()
+    on_device = parts[0].to(torch.device("cpu"))
+    assert on_device.rows[1][0].tolist() == parts[0].rows[2].tolist()
     other = kept_rows(3, 8, group=0, branches=4, total=20, rate=0.3)
     assert other.tolist() != kept.tolist()
-    assert make_drop_rows(3, 7, start=0, stop=20, **common | {"rate": 0.0}) is None
+    assert choose_drop_rows(3, 7, start=0, stop=20, **common | {"rate": 0.0}) is None
 
 
 def test_checkpointed_blocks_give_the_same_gradient():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from cytoray.errors import InputError
 from cytoray.ssl import METHODS
-from cytoray.ssl.base import Crops, StepContext
+from cytoray.ssl.base import Crops, MicroBatch, StepContext
 from cytoray.ssl.losses import byol_loss, info_nce_loss, nt_xent, queue_loss
 from cytoray.training import (
     BackboneConfig,
@@ -58,6 +58,14 @@ def _context(tiles=TILES):
     return StepContext(step=0, global_batch=tiles, offset=0, teacher_temp=0.07)
 
 
+def _step(method, images):
+    """Loss, with its graph, and metrics of a step over all tiles at once."""
+    batches = [MicroBatch(Crops(images, None), _context())]
+    known = method.begin(batches, 1.0)
+    loss, values = method(batches[0], known[0])
+    return loss, method.metrics(batches, known, [values])
+
+
 def _projected(network, images, *, predict):
     """What the networks should give for each view: the view alone through backbone and heads."""
     heads = [network.projector, *([network.predictor] if predict else [])]
@@ -72,7 +80,7 @@ def _projected(network, images, *, predict):
 
 def test_simclr_step_by_hand():
     method, images = _build("simclr"), _images()
-    loss, metrics = method(Crops(images, None), _context())
+    loss, metrics = _step(method, images)
     features = method.student.backbone(images.flatten(0, 1)).cls
     views = method.student.projector(features).unflatten(0, (TILES, 2))
     torch.testing.assert_close(loss, nt_xent(views, temperature=0.1))
@@ -84,7 +92,7 @@ def test_simclr_step_by_hand():
 def test_moco_step_by_hand():
     method, images = _build("moco"), _images()
     method.after_step(0.5)
-    loss, _ = method(Crops(images, None), _context())
+    loss, _ = _step(method, images)
     queries = _projected(method.student, images, predict=True)
     keys = _projected(method.teacher, images, predict=False)
     expected = sum(
@@ -95,7 +103,7 @@ def test_moco_step_by_hand():
 
 def test_byol_step_by_hand():
     method, images = _build("byol"), _images()
-    loss, _ = method(Crops(images, None), _context())
+    loss, _ = _step(method, images)
     predictions = _projected(method.student, images, predict=True)
     targets = _projected(method.teacher, images, predict=False)
     expected = byol_loss(predictions, targets, global_batch=TILES)
@@ -107,7 +115,7 @@ def test_the_queue_is_used_before_it_takes_in_the_keys():
     assert method.student.predictor is None
     before = method.queue.clone()
     torch.testing.assert_close(before.norm(dim=1), torch.ones(20))
-    loss, _ = method(Crops(images, None), _context())
+    loss, _ = _step(method, images)
     queries = _projected(method.student, images, predict=False)
     keys = _projected(method.teacher, images, predict=False)
     expected = sum(
@@ -119,7 +127,7 @@ def test_the_queue_is_used_before_it_takes_in_the_keys():
     fresh = F.normalize(keys.flatten(0, 1), dim=1)
     torch.testing.assert_close(method.queue, torch.cat([fresh, before])[:20], atol=1e-5, rtol=1e-5)
     after = method.queue.clone()
-    method(Crops(images * torch.nan, None), _context())
+    _step(method, images * torch.nan)
     assert torch.equal(method.queue, after)
 
 
@@ -127,7 +135,7 @@ def test_the_queue_is_used_before_it_takes_in_the_keys():
 def test_the_teacher_follows_and_has_no_gradient(case):
     method, images = _build(case), _images()
     old = copy.deepcopy(method.teacher.state_dict())
-    loss, _ = method.train()(Crops(images, None), _context())
+    loss, _ = _step(method.train(), images)
     loss.backward()
     assert all(p.grad is None for p in method.teacher.parameters())
     assert not method.teacher.training

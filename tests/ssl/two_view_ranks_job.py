@@ -27,6 +27,7 @@ def configs() -> dict[str, PretrainConfig]:
     small = TwoViewConfig(hidden_dim=24, out_dim=12)
     queue = TwoViewConfig(hidden_dim=24, out_dim=12, queue_size=20)
     chosen = {"simclr": small, "moco": small, "byol": small, "moco queue": queue}
+    chosen |= {"moco parts": small}
     sr = SRConfig(sparse=True, irpe=True, top_h=3)
     return {
         name: PretrainConfig(
@@ -39,6 +40,7 @@ def configs() -> dict[str, PretrainConfig]:
             ),
             crops=CropConfig(global_px=32, num_local=0),
             optim=OptimConfig(lr=0.01, warmup_steps=1),
+            accumulate=2 if name == "moco parts" else 1,
             batch_size=TILES,
             total_steps=10,
         )

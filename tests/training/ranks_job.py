@@ -44,6 +44,7 @@ def engine_configs() -> dict[str, PretrainConfig]:
         "drop_path_separate_head": config(backbone=dropping, head=separate),
         "ibot": config(method="ibot", loss=LossConfig(mask_share=0.1)),
         "dino": config(method="dino"),
+        "micro-batches": config(accumulate=2),
     }
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cytoray.errors import InputError
 from cytoray.models.encoder import load_encoder, save_encoder
 from cytoray.perturb.views import CropPolicy, sample_views
-from cytoray.ssl.base import Crops, StepContext
+from cytoray.ssl.base import Crops, MicroBatch, StepContext
 from cytoray.ssl.masks import make_block_masks
 from cytoray.training import (
     BackboneConfig,
@@ -26,7 +26,7 @@ from cytoray.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from cytoray.training.engine import resolve_precision
+from cytoray.training.devices import resolve_precision
 
 KWARGS: dict = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
@@ -203,7 +203,10 @@ def test_whole_method_against_loops():
     with torch.no_grad():
         expected = _slow_loss(engine, crops, 4)
         context = StepContext(step=4, global_batch=5, offset=0, teacher_temp=0.04)
-        loss, metrics = engine.method(crops, context)
+        batches = [MicroBatch(crops, context)]
+        known = engine.method.begin(batches, 1.0)
+        loss, values = engine.method(batches[0], known[0])
+        metrics = engine.method.metrics(batches, known, [values])
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
 
