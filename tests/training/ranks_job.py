@@ -45,6 +45,15 @@ def engine_configs() -> dict[str, PretrainConfig]:
         "ibot": config(method="ibot", loss=LossConfig(mask_share=0.1)),
         "dino": config(method="dino"),
         "micro-batches": config(accumulate=2),
+        "fsdp": config(sharding="fsdp"),
+        "fsdp with all else": config(
+            sharding="fsdp",
+            accumulate=2,
+            pack_crops=True,
+            checkpoint_blocks=True,
+            backbone=dropping,
+            head=separate,
+        ),
     }
 
 
@@ -66,7 +75,24 @@ def run_engine(settings: PretrainConfig, rank: int, world: int) -> dict:
     engine = PretrainEngine(settings, "cpu", rank=rank, world_size=world)
     start, stop = CUTS[world][rank : rank + 2]
     metrics = [engine.step(share(global_batch(s), start, stop), s) for s in range(STEPS)]
-    return {"metrics": metrics, "model": engine.method.state_dict()}
+    return {"metrics": metrics, "state": engine.state_dict(), "sharding": engine.sharding}
+
+
+def run_another_way(rank: int, world: int) -> dict:
+    """Two steps one way, then a third from their checkpoint the other way."""
+    start, stop = CUTS[world][rank : rank + 2]
+    metrics = {}
+    for first, second in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        engine = PretrainEngine(config(sharding=first), "cpu", rank=rank, world_size=world)
+        for step in range(2):
+            engine.step(share(global_batch(step), start, stop), step)
+        states = [engine.state_dict()]
+        if world > 1:
+            dist.broadcast_object_list(states, src=0)  # as a file that all ranks read
+        other = PretrainEngine(config(sharding=second), "cpu", rank=rank, world_size=world)
+        other.load_state_dict(states[0])
+        metrics[second] = other.step(share(global_batch(2), start, stop), 2)
+    return metrics
 
 
 def run_losses(rank: int, world: int) -> dict:
@@ -92,7 +118,11 @@ def run(rank: int, world: int) -> dict:
     engines = {
         name: run_engine(settings, rank, world) for name, settings in engine_configs().items()
     }
-    return {"losses": run_losses(rank, world), "engines": engines}
+    return {
+        "losses": run_losses(rank, world),
+        "engines": engines,
+        "resumed": run_another_way(rank, world),
+    }
 
 
 def main() -> None:

@@ -63,16 +63,42 @@ def test_engine_steps_agree(results, name):
                     rtol=1e-4,
                     msg=lambda m, k=key, s=step: f"{k} at {s}: {m}",
                 )
-        for key, tensor in expected["model"].items():
-            torch.testing.assert_close(got["model"][key], tensor, atol=1e-5, rtol=1e-5)
-    model = [rank["engines"][name]["model"] for rank in ranks]
-    assert all(torch.equal(model[0][key], model[1][key]) for key in model[0])
+    found = [rank["engines"][name]["state"] for rank in ranks]
+    for key, tensor in expected["state"]["model"].items():
+        torch.testing.assert_close(found[0]["model"][key], tensor, atol=1e-5, rtol=1e-5)
+    if ranks[0]["engines"][name]["sharding"] == "ddp":
+        model = [state["model"] for state in found]
+        assert all(torch.equal(model[0][key], model[1][key]) for key in model[0])
+    else:  # rank 0 alone holds what has been put together
+        assert not any(found[1]["model"][key].numel() for key in found[1]["model"] if "vit" in key)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_checkpoint_serves_the_other_sharding(results, sharding):
+    alone, ranks = results
+    expected = alone["engines"]["dinov2"]["metrics"][2]
+    for rank in ranks:
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                rank["resumed"][sharding][key], value, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: k
+            )
+
+
+def test_a_sharded_checkpoint_serves_one_rank(results):
+    alone, ranks = results
+    engine = PretrainEngine(ranks_job.config(), "cpu")
+    engine.load_state_dict(ranks[0]["engines"]["fsdp"]["state"])
+    other = PretrainEngine(ranks_job.config(), "cpu")
+    other.load_state_dict(alone["engines"]["dinov2"]["state"])
+    batch = ranks_job.global_batch(ranks_job.STEPS)
+    one, two = (e.step(batch, ranks_job.STEPS) for e in (engine, other))
+    torch.testing.assert_close(one["loss"], two["loss"], atol=1e-5, rtol=1e-5)
 
 
 def test_the_steps_change_the_weights(results):
     for name, settings in ranks_job.engine_configs().items():
         fresh = PretrainEngine(settings, "cpu").method.state_dict()
-        trained = results[0]["engines"][name]["model"]
+        trained = results[0]["engines"][name]["state"]["model"]
         moved = {k for k in fresh if not torch.equal(fresh[k], trained[k])}
         assert "student.backbone.vit.blocks.0.attn.qkv.weight" in moved
         assert "student.cls_head.last_layer.weight" in moved
