@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cytoray.config import to_plain
-from cytoray.distributed.cells import encoder_facts, gpus_of_task, prepare_images
-from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.cells import facts_of_encoders, prepare_images
 from cytoray.distributed.evaluate import ANSWERS, EvaluationSettings, evaluate_piece
 from cytoray.distributed.pieces import Piece, run_pieces
 from cytoray.errors import InputError, choose, raise_problems
@@ -31,7 +29,7 @@ from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import quarantine_row, write_quarantine
 from cytoray.tracking import Tracker
-from pipelines.finetune import split_of
+from pipelines.cell_jobs import begin, class_lines, split_of
 
 MAY_CHANGE_HERE = MAY_CHANGE | {"cpus_per_task", "gpus_per_task", "experiment", "strict"}
 
@@ -65,6 +63,7 @@ class Config:
         tracking_uri: MLflow; default: a SQLite file in the working folder.
         experiment: MLflow experiment.
         strict: exit with code 3 when an image could not be read or an example has no features.
+        dry_run: say what would be run, and stop.
         resume: go on with the run in `out`; finished pieces are not done again.
         address: a running Ray cluster; default: start one here.
     """
@@ -93,6 +92,7 @@ class Config:
     tracking_uri: str = ""
     experiment: str = "cytoray"
     strict: bool = False
+    dry_run: bool = False
     resume: bool = False
     address: str | None = None
 
@@ -129,22 +129,15 @@ def run(config: Config) -> dict[str, Any]:
     made = _cells_examples(config) if config.cells is not None else _bag_examples(config)
     examples, encoders, start = made
     check_shots(examples, examples.split, max(config.shots, default=0))
-    connect(config.address)
-    gpus = gpus_of_task(config.gpus_per_task)
-    check_fits(
-        [Need(what="task", count=1, cpus=config.cpus_per_task, gpus=gpus)],
-        hint="ask for less --cpus-per-task or --gpus-per-task",
-    )
-    folder = RunFolder.open(
-        config.out, "evaluate", to_plain(config), config.resume, MAY_CHANGE_HERE
-    )
-    tracker = Tracker(config.tracking_uri or None, config.experiment)
-    run_id = tracker.start_run(
-        f"evaluate {(config.cells or config.bags[0]).stem}", params=to_plain(config),
-        tags={"cytoray.job": "evaluate"}, key=folder.run_id,
+    if config.dry_run:
+        return _plan(config, examples, encoders)
+    begun = begin(
+        "evaluate", config, (config.cells or config.bags[0]).stem, unit="task",
+        cpus=config.cpus_per_task, gpus=config.gpus_per_task, may_change=MAY_CHANGE_HERE,
     )  # fmt: skip
+    folder, tracker, run_id = begun.folder, begun.tracker, begun.run_id
     with Progress(f"evaluate {len(encoders)} encoders") as progress:
-        settings, num_bad = start(folder, gpus, progress)
+        settings, num_bad = start(folder, begun.gpus, progress)
         pieces = evaluation_pieces(config, encoders, folder.path)
         results, failed = run_pieces(
             pieces, evaluate_piece, settings, cpus=config.cpus_per_task,
@@ -164,12 +157,27 @@ def run(config: Config) -> dict[str, Any]:
     return summary | {"exit_code": 3 if config.strict and num_bad else 0}
 
 
+def _plan(config: Config, examples: Examples, encoders: list[str]) -> dict[str, Any]:
+    """What a run would do; the encoders have been loaded, so they are there."""
+    pieces = evaluation_pieces(config, encoders, config.out)
+    kinds = [piece.payload[0] for piece in pieces]
+    plan = {
+        "encoders": ", ".join(encoders),
+        "examples": len(examples.names),
+        "groups": len(set(examples.groups.tolist())),
+        "pieces": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
+        "few-shot fits": kinds.count("few_shot") * len(config.shots) * len(config.shot_seeds),
+    }
+    summary_table("evaluate would run", plan | class_lines(examples, examples.split))
+    return plan
+
+
 def _cells_examples(config: Config) -> tuple[Examples, list[str], Any]:
     """Examples, encoders, and what decodes the images and embeds them once the run has begun."""
     assert config.cells is not None
     cells = read_cells(config.cells, config.columns)
     examples = examples_of(config, cells)
-    encoders = {name: encoder_facts(name, config.pretrained) for name in config.encoders}
+    encoders = facts_of_encoders(config.encoders, config.pretrained)
 
     def start(folder: RunFolder, gpus: float, progress: Progress):
         shared, num_bad = prepare_images(

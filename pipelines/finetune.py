@@ -14,15 +14,12 @@ import pandas as pd
 from cytoray.config import to_plain
 from cytoray.distributed.cells import (
     CellSettings,
-    encoder_facts,
-    gpus_of_task,
+    facts_of_encoders,
     prepare_images,
 )
-from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.finetune import read_answers, run_cell_trial, trial_pieces
 from cytoray.distributed.pieces import Piece, run_pieces
 from cytoray.errors import InputError, raise_problems
-from cytoray.evaluation import Split
 from cytoray.evaluation.baselines import BASELINES
 from cytoray.finetune import (
     FITS,
@@ -38,7 +35,6 @@ from cytoray.finetune import (
     predictions_frame,
     read_cells,
     result_table,
-    split_cells,
 )
 from cytoray.finetune.data import check_shots, split_counts
 from cytoray.io import atomic_write_text
@@ -48,6 +44,7 @@ from cytoray.report.finetune_page import finetune_sections
 from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.tracking import Tracker
+from pipelines.cell_jobs import begin, class_lines, split_of
 
 MAY_CHANGE_HERE = MAY_CHANGE | {
     "cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment", "strict", "model_name",
@@ -139,7 +136,9 @@ class Config:
             try:
                 parse_adapter(name, alpha=self.alpha, dropout=self.dropout)
             except InputError as error:
-                problems.append(str(error).replace("\n", " "))
+                problems += [
+                    f"--adapters {name}: {text}" for text in error.problems or [str(error)]
+                ]
         if self.cpus_per_trial <= 0 or (self.gpus_per_trial or 0) < 0:
             problems.append("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
         raise_problems("these trials cannot be run:", problems)
@@ -153,21 +152,13 @@ def run(config: Config) -> dict[str, Any]:
     check_shots(cells, split_of(config, cells), max(config.shots, default=0))
     if config.dry_run:
         return _plan(config, trials, cells)
-    encoders = {name: encoder_facts(name, config.pretrained) for name in config.encoders}
-    connect(config.address)
-    gpus = gpus_of_task(config.gpus_per_trial)
-    check_fits(
-        [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=gpus)],
-        hint="ask for less --cpus-per-trial or --gpus-per-trial",
-    )
-    folder = RunFolder.open(
-        config.out, "finetune", to_plain(config), config.resume, MAY_CHANGE_HERE
-    )
-    tracker = Tracker(config.tracking_uri or None, config.experiment)
-    run_id = tracker.start_run(
-        f"finetune {config.cells.stem}", params=to_plain(config),
-        tags={"cytoray.job": "finetune"}, key=folder.run_id,
+    targets = {trial.adapter.targets for trial in trials if trial.adapter.kind == "lora"}
+    encoders = facts_of_encoders(config.encoders, config.pretrained, sorted(targets))
+    begun = begin(
+        "finetune", config, config.cells.stem, unit="trial", cpus=config.cpus_per_trial,
+        gpus=config.gpus_per_trial, may_change=MAY_CHANGE_HERE,
     )  # fmt: skip
+    folder, tracker, run_id, gpus = begun.folder, begun.tracker, begun.run_id, begun.gpus
     with Progress(f"finetune {len(trials)} trials on {len(cells):,} images") as progress:
         settings, num_bad = prepare_images(
             cells, encoders, folder.path, stage="finetune", progress=progress, gpus=gpus,
@@ -207,16 +198,6 @@ def trials_of(config: Config) -> list[CellTrial]:
         config.lrs,
         config.seeds,
         config.train,
-    )
-
-
-def split_of(config: Any, cells: Cells) -> Split:
-    """The parts, by the fractions and seed of a config."""
-    return split_cells(
-        cells,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        seed=config.split_seed,
     )
 
 
@@ -333,7 +314,7 @@ def _finish(
 def _plan(config: Config, trials: list[CellTrial], cells: Cells) -> dict[str, Any]:
     """What a run would do."""
     split = split_of(config, cells)
-    parts, pool = split_counts(cells, split), len(split.train)
+    pool = len(split.train)
     plan = {
         "trials": len(trials),
         "encoders": ", ".join(config.encoders),
@@ -342,12 +323,7 @@ def _plan(config: Config, trials: list[CellTrial], cells: Cells) -> dict[str, An
         "groups": len(set(cells.groups.tolist())) if cells.grouped else "none given",
         "steps": sum(t.train.num_steps(round(t.share * pool), t.shots) for t in trials),
     }
-    for row in parts:
-        plan[f"class {row['class']}"] = ", ".join(
-            f"{row[part]} {part} ({row[f'{part} groups']} groups)"
-            for part in ("train", "val", "test")
-        )
-    summary_table("finetune would run", plan)
+    summary_table("finetune would run", plan | class_lines(cells, split))
     return plan
 
 

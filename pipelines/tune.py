@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -11,25 +10,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cytoray.config import to_plain
-from cytoray.distributed.chosen import Answers, answer_held_out, answer_rows, assess_answers
+from cytoray.distributed.chosen import Answers, answer_held_out, assess_answers
 from cytoray.distributed.cluster import Need, check_fits, connect
+from cytoray.distributed.prefixes import share_prefixes
 from cytoray.distributed.search import Halving, run_one, run_search
-from cytoray.distributed.trials import SearchSettings, TrialSpec
+from cytoray.distributed.trials import SearchSettings, TrialSpec, unfinished
 from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation.held_out import mean_auc
-from cytoray.io import atomic_write_text
 from cytoray.mil import MILConfig
 from cytoray.mil.cohort import cohort_facts
 from cytoray.mil.selection import best_by_fold, over_folds
-from cytoray.mil.space import Candidate, changed_fields, flat_config
-from cytoray.plain import json_ready
+from cytoray.mil.space import Candidate
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
-from cytoray.report.leaderboard import write_leaderboard
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.tracking import ChildRuns, Tracker, patiently
 from pipelines.embed import index_plan
-from pipelines.tune_report import report_sections
+from pipelines.tune_report import report_sections, write_results
 from pipelines.tune_search import (
     Search,
     child_runs,
@@ -57,6 +54,7 @@ class Config:
         group: a further column that may not straddle training and test, e.g. the source image.
         aggregators: names to try.
         lora_ranks: ranks to try; 0 leaves the encoder frozen.
+        lora_blocks: adapt the last so many blocks of the encoder; values to try; 0: all.
         lrs: learning rates of the aggregator to try; default: `mil.lr`.
         weight_decays: weight decays of the aggregator to try; default: `mil.weight_decay`.
         space: a YAML file with any fields of a trial and the values to try: lists, or ranges
@@ -81,6 +79,8 @@ class Config:
         cpus_per_trial: CPUs of a trial; a fraction packs several on a core.
         gpus_per_trial: GPUs of a trial; a fraction packs several on one.
         max_concurrent: trials at a time; 0: as many as fit.
+        prefix_gb: object store to keep the output of the encoders' frozen blocks in, for all
+            trials with a LoRA rank; default: two fifths of it; 0: each trial computes it anew.
         model_name: name in the MLflow registry.
         tracking_uri: MLflow; default: a SQLite file in the working folder.
         tracking_wait_s: how long to wait at the end for an MLflow server that is away.
@@ -97,6 +97,7 @@ class Config:
     group: str = ""
     aggregators: tuple[str, ...] = ("mean", "abmil")
     lora_ranks: tuple[int, ...] = (0, 4)
+    lora_blocks: tuple[int, ...] = (0,)
     lrs: tuple[float, ...] = ()
     weight_decays: tuple[float, ...] = ()
     space: Path | None = None
@@ -117,6 +118,7 @@ class Config:
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0
     max_concurrent: int = 0
+    prefix_gb: float | None = None
     model_name: str = "cytoray-head"
     tracking_uri: str = ""
     tracking_wait_s: float = 60.0
@@ -128,6 +130,7 @@ class Config:
         lists = {
             "aggregators": self.aggregators,
             "lora-ranks": self.lora_ranks,
+            "lora-blocks": self.lora_blocks,
             "label": self.label,
             "bags": self.bags,
         }
@@ -151,6 +154,8 @@ class Config:
             problems.append(f"--reduction must be above 1, not {self.reduction:g}")
         if self.cpus_per_trial <= 0 or self.gpus_per_trial < 0:
             problems.append("--cpus-per-trial must be above 0, --gpus-per-trial 0 or more")
+        if (self.prefix_gb or 0) < 0:
+            problems.append(f"--prefix-gb must be 0 or more, not {self.prefix_gb:g}")
         if len(set(self.label)) < len(self.label):
             problems.append(f"--label names a column twice: {', '.join(self.label)}")
         # A named run leaves the paths open; they come as objects of the command line's own.
@@ -172,7 +177,7 @@ def run(config: Config) -> dict[str, Any]:
         hint="ask for less --cpus-per-trial or --gpus-per-trial",
     )
     may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment",
-                               "tracking_wait_s"}  # fmt: skip
+                               "tracking_wait_s", "prefix_gb"}  # fmt: skip
     folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
     keep_space(folder, search.candidates)
     tracker = Tracker(config.tracking_uri or None, config.experiment)
@@ -185,6 +190,7 @@ def run(config: Config) -> dict[str, Any]:
     children = ChildRuns(tracker, run_id, child_runs(search, folder))
     title = f"tune {len(specs)} trials on {len(search.cohort.slide_ids)} slides"
     with children, Progress(title) as progress:
+        settings = share_prefixes(unfinished(specs), settings, progress, config.prefix_gb)
         results, failed = run_search(
             specs,
             settings,
@@ -210,9 +216,10 @@ def run(config: Config) -> dict[str, Any]:
         where = f" of {untested[0]}" if untested[0] else ""
         raise InputError(f"every trial{where} failed", [f"{k}: {v}" for k, v in failed.items()])
     facts = {"failed": failed, "num_trials": len(specs), "mlflow_run_id": run_id,
-             "mlflow_ui": tracker.ui_command(), "report": str(folder.report_path)}  # fmt: skip
+             "mlflow_ui": tracker.ui_command(), "report": str(folder.report_path),
+             "frozen_blocks": list(settings.prefix_notes)}  # fmt: skip
     summary = _summary(config, folder, search, outcome) | facts
-    _write(config, folder, search, outcome, summary, results)
+    write_results(config, folder, search, outcome, summary, results)
     summary["registered_model"] = _register(config, tracker, run_id, folder, search, summary)
     if behind or not summary["registered_model"]:
         print(f"MLflow at {tracker.uri} did not take everything; nothing is lost: run the same "
@@ -223,7 +230,7 @@ def run(config: Config) -> dict[str, Any]:
     sections = report_sections(folder.path, index_plan(config.index))
     heading = f"Tuning {', '.join(config.label)}"
     write_report(folder.report_path, sections, heading, str(folder.path))
-    hidden = ("heldout", "cohort", "classes", "rows", "tasks")
+    hidden = ("heldout", "cohort", "classes", "rows", "tasks", "frozen_blocks")
     summary_table("tune", {k: v for k, v in summary.items() if k not in hidden})
     return summary
 
@@ -304,51 +311,6 @@ def _summary(config: Config, folder: RunFolder, search: Search, outcome: Outcome
         "head": str(folder.path / "head"),
         "leaderboard": str(folder.path / "leaderboard.html"),
     }
-
-
-def _write(
-    config: Config,
-    folder: RunFolder,
-    search: Search,
-    outcome: Outcome,
-    summary: dict[str, Any],
-    results: list[dict[str, Any]],
-) -> None:
-    """`heldout.json`, `leaderboard.html`, `.csv` and `.json`."""
-    rows = answer_rows(outcome.answers, search.cohort, calibrate=config.calibrate)
-    atomic_write_text(folder.path / "heldout.json", json.dumps(json_ready(rows)) + "\n")
-    by_key = {candidate.key: candidate for candidate in search.candidates}
-    changed = changed_fields([candidate.config for candidate in search.candidates])
-    shown = list(dict.fromkeys(["aggregator", "lora_rank", "lr", *changed]))
-    chosen = [result["candidate"] for result in outcome.best.values()]
-    table = []
-    for row in outcome.rows:
-        candidate = by_key[row["candidate"]]
-        flat = flat_config(candidate.config)
-        table.append(
-            {"candidate": row["candidate"], "encoder": search.features[candidate.encoder].name}
-            | {name: flat.get(name) for name in shown}
-            | {name: value for name, value in row.items() if name != "candidate"}
-            | {"chosen_in": chosen.count(row["candidate"])}
-        )
-    write_leaderboard(
-        folder.path,
-        {
-            "label": ", ".join(config.label),
-            "best": outcome.chosen.key,
-            "encoders": [entry.name for entry in search.features],
-            "settings": shown,
-            "cohort": summary["cohort"],
-            "left_out": search.cohort.left_out,
-            "rows": table,
-            "chosen": summary["chosen"],
-            "tests": outcome.tests,
-            "temperatures": summary["temperatures"],
-            "failed": summary["failed"],
-            "num_folds": len(outcome.best),
-            "trial_seconds": sum(result["seconds"] for result in results),
-        },
-    )
 
 
 def _register(

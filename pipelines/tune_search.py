@@ -24,6 +24,7 @@ from cytoray.mil.cohort import (
 from cytoray.mil.folds import Fold, final_fold, fold_problems, make_folds
 from cytoray.mil.space import Axis, Candidate, candidates_of, configs_of, draws, grid, read_axes
 from cytoray.models.encoder import load_encoder
+from cytoray.models.lora import check_lora
 from cytoray.runs import RunFolder
 from cytoray.slides import read_slide_table
 from cytoray.tracking import ChildRun
@@ -93,7 +94,7 @@ def prepare(config: Config) -> Search:
     shown = distinct_names([entry.name for entry in features])
     features = [replace(entry, name=name) for entry, name in zip(features, shown, strict=True)]
     encoders = tuple(str(Path(e).resolve()) if Path(e).is_dir() else e for e in config.encoder)
-    _check_encoders(encoders, config.pretrained, features)
+    _check_encoders(encoders, config.pretrained, features, configs)
     return Search(
         candidates=candidates_of(configs, [entry.encoder_id for entry in features]),
         cohort=cohort,
@@ -111,6 +112,7 @@ def search_configs(config: Config) -> list[MILConfig]:
         InputError: values no trial can have.
     """
     axes: dict[str, Axis] = {"aggregator": config.aggregators, "lora_rank": config.lora_ranks}
+    axes |= {"lora_blocks": config.lora_blocks} if config.lora_blocks != (0,) else {}
     axes |= {"lr": config.lrs} if config.lrs else {}
     axes |= {"weight_decay": config.weight_decays} if config.weight_decays else {}
     axes |= read_axes(config.space) if config.space else {}
@@ -122,17 +124,27 @@ def search_configs(config: Config) -> list[MILConfig]:
 
 
 def _check_encoders(
-    encoders: tuple[str, ...], pretrained: bool, features: list[FeatureSet]
+    encoders: tuple[str, ...],
+    pretrained: bool,
+    features: list[FeatureSet],
+    configs: list[MILConfig],
 ) -> None:
+    adaptations = {(c.lora_targets, c.lora_blocks) for c in configs if c.lora_rank}
     problems = []
     for source, made in zip(encoders, features if encoders else [], strict=True):
-        encoder_id = load_encoder(source, pretrained=pretrained).encoder_id
+        encoder = load_encoder(source, pretrained=pretrained)
+        encoder_id = encoder.encoder_id
+        for targets, blocks in sorted(adaptations):
+            try:
+                check_lora(encoder.model, targets, blocks)
+            except InputError as error:
+                problems.append(f"--encoder {source}: {error}")
         if encoder_id != made.encoder_id:
             problems.append(
                 f"the bags were made by encoder {made.encoder_id}, --encoder {source} is "
                 f"{encoder_id}; embed again, or name the encoder that made them"
             )
-    raise_problems("bags and encoders do not belong together:", problems)
+    raise_problems("these encoders cannot be used:", problems)
 
 
 def keep_space(folder: RunFolder, candidates: list[Candidate]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +15,14 @@ import ray
 import torch
 
 from cytoray.distributed.pieces import Piece, run_pieces
-from cytoray.errors import InputError
+from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation import Split
 from cytoray.evaluation.baselines import load_features_model
 from cytoray.finetune import Cells
 from cytoray.finetune.data import CellData, prepare_cells
 from cytoray.io import atomic_path
 from cytoray.mil.tiles import precision_context
+from cytoray.models.lora import check_lora
 from cytoray.progress import Progress
 from cytoray.slides import quarantine_row, write_quarantine
 
@@ -48,19 +49,36 @@ class EncoderFacts:
     features: str = ""
 
 
-def encoder_facts(name: str, pretrained: bool) -> EncoderFacts:
-    """Load an encoder to see that it is there.
+def facts_of_encoders(
+    names: Sequence[str], pretrained: bool, lora_targets: Sequence[Sequence[str]] = ()
+) -> dict[str, EncoderFacts]:
+    """Load each encoder once to see that it is there, and that LoRA fits it.
+
+    Args:
+        names: forms `load_encoder` takes, or baselines.
+        pretrained: published weights, else random ones.
+        lora_targets: sets of targets that will be adapted.
 
     Raises:
-        InputError: it cannot be had; see `load_encoder`.
+        InputError: some cannot be had or adapted; all of them, see `load_encoder`.
     """
-    model = load_features_model(name, pretrained)
-    return EncoderFacts(
-        name=name,
-        encoder_id=model.encoder_id,
-        img_px=model.spec.img_px,
-        embed_dim=model.embed_dim,
-    )
+    found, problems = {}, []
+    for name in dict.fromkeys(names):
+        try:
+            model = load_features_model(name, pretrained)
+            for targets in lora_targets:
+                check_lora(model.model, targets)
+        except InputError as error:
+            problems.append(str(error) if str(error).find(name) >= 0 else f"{name}: {error}")
+            continue
+        found[name] = EncoderFacts(
+            name=name,
+            encoder_id=model.encoder_id,
+            img_px=model.spec.img_px,
+            embed_dim=model.embed_dim,
+        )
+    raise_problems("these encoders cannot be used:", problems)
+    return found
 
 
 @lru_cache(maxsize=2)

@@ -35,6 +35,8 @@ from cytoray.mil import (
 )
 from cytoray.mil.cohort import Cohort, FeatureSet
 from cytoray.mil.folds import Fold
+from cytoray.mil.prefix import FrozenPrefix
+from cytoray.models.prefix import frozen_blocks
 from cytoray.plain import json_ready
 from cytoray.runs import read_events
 
@@ -79,6 +81,9 @@ class SearchSettings:
         plan: the `ReadPlan` of the slides; None without LoRA trials.
         cpus_per_trial, gpus_per_trial: resources of a trial.
         extra: kept with each head.
+        prefixes: output of the frozen blocks by encoder and number of blocks; see
+            `cytoray.distributed.prefixes`.
+        prefix_notes: what was shared of them and what was not.
     """
 
     cohort: Shared
@@ -90,6 +95,8 @@ class SearchSettings:
     cpus_per_trial: float = 1.0
     gpus_per_trial: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    prefixes: dict[tuple[int, int], FrozenPrefix] = field(default_factory=dict)
+    prefix_notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -199,9 +206,10 @@ def _train(
     if spec.config.lora_rank == 0:
         bags = features.bags(cohort, fold.train), features.bags(cohort, fold.val)
         return train_frozen(spec.config, *bags, classes, on_epoch, device=device)
+    encoder = load_encoder_once(settings.encoders[spec.encoder], settings.pretrained)
     return train_lora(
         spec.config,
-        load_encoder_once(settings.encoders[spec.encoder], settings.pretrained),
+        encoder,
         tile_source(cohort, features, settings),
         cohort.ids(fold.train),
         [cohort.label(i) for i in fold.train],
@@ -210,8 +218,18 @@ def _train(
         classes,
         on_epoch,
         frozen_features=dict(zip(cohort.slide_ids, features.features, strict=True)),
+        prefix=prefix_of(spec.encoder, encoder, spec.config, settings),
         device=device,
     )
+
+
+def prefix_of(
+    place: int, encoder: Any, config: MILConfig, settings: SearchSettings
+) -> FrozenPrefix | None:
+    """What is shared of the encoder's blocks below those that `config` adapts."""
+    held = [depth for number, depth in settings.prefixes if number == place]
+    depth = frozen_blocks(encoder, config.lora_blocks) if held else 0
+    return settings.prefixes.get((place, depth))
 
 
 def tile_source(cohort: Cohort, features: FeatureSet, settings: SearchSettings) -> Any:
@@ -229,6 +247,11 @@ def read_result(folder: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def unfinished(specs: Sequence[TrialSpec]) -> list[TrialSpec]:
+    """The trials without a result."""
+    return [spec for spec in specs if read_result(spec.folder) is None]
 
 
 @dataclass(frozen=True)
@@ -279,10 +302,11 @@ def _adapted_features(
     indices: np.ndarray,
 ) -> Sequence[torch.Tensor]:
     """All tiles of the slides through the adapted encoder."""
-    adapted = head.adapt(load_encoder_once(settings.encoders[encoder], settings.pretrained))
-    adapted = adapted.to(settings.device).eval()
+    plain = load_encoder_once(settings.encoders[encoder], settings.pretrained)
+    adapted = head.adapt(plain).to(settings.device).eval()
     source = tile_source(cohort, features, settings)
+    prefix = prefix_of(encoder, plain, head.config, settings)
     return [
-        embed_tiles(adapted, source, slide_id, np.arange(source.num_tiles(slide_id)))
+        embed_tiles(adapted, source, slide_id, np.arange(source.num_tiles(slide_id)), prefix=prefix)
         for slide_id in cohort.ids(indices)
     ]

@@ -150,6 +150,14 @@ def _folder_rows(folder: Path, columns: Columns) -> dict[str, list[str]]:
         "(CLASS/image.jpg, or train|val|test/CLASS/image.jpg):",
         loose,
     )
+    empty = sorted(
+        {p.name for p in _class_folders(folder, has_split)} - {n.parts[depth - 1] for n in names}
+    )
+    raise_problems(
+        f"class folders in {folder} without an image ({', '.join(SUFFIXES)}); remove them or add "
+        "images:",
+        empty if names else [],
+    )
     table = {
         "name": [name.as_posix() for name in names],
         "label": [name.parts[depth - 1] for name in names],
@@ -169,6 +177,12 @@ def _folder_rows(folder: Path, columns: Columns) -> dict[str, list[str]]:
             if match is not None
         ]
     return table
+
+
+def _class_folders(folder: Path, has_split: bool) -> list[Path]:
+    parts = [folder / part for part in PARTS] if has_split else [folder]
+    found = [path for part in parts if part.is_dir() for path in part.iterdir()]
+    return [path for path in found if path.is_dir() and path.name[0] not in "._"]
 
 
 def _csv_rows(path: Path, columns: Columns) -> dict[str, list[str]]:
@@ -211,11 +225,17 @@ def _check(table: dict[str, list[str]], source: Path) -> None:
     names = table["name"]
     if not names:
         raise InputError(f"{source} holds no image ({', '.join(SUFFIXES)})")
+    said = {"name": "path"}
     problems = [
-        f"row {row} ({names[row] or 'no path'}): no {what}"
+        f"row {row} ({names[row] or 'no path'}): no {said.get(what, what)}"
         for what, values in table.items()
         for row, value in enumerate(values)
         if not value
+    ]
+    problems += [
+        f"row {row} ({names[row]}): split {part!r} is none of {', '.join(PARTS)}"
+        for row, part in enumerate(table.get("split", []))
+        if part and part not in PARTS
     ]
     seen: dict[str, int] = {}
     for row, name in enumerate(names):
@@ -247,13 +267,18 @@ def split_cells(
     """
     if cells.split is None:
         fractions = (1.0 - val_fraction - test_fraction, val_fraction, test_fraction)
-        return train_val_test(cells.labels, cells.groups, fractions, seed, unit="group")
+        names = np.array(cells.classes)[cells.labels]
+        return train_val_test(names, cells.groups, fractions, seed, unit="group")
     split = given_split(cells.split, cells.groups, unit="group")
     train, val = split.train, split.val
     if len(train) and not len(val):
         share = val_fraction / (1.0 - test_fraction)
         cut = train_val_test(
-            cells.labels[train], cells.groups[train], (1.0 - share, share, 0.0), seed, unit="group"
+            np.array(cells.classes)[cells.labels[train]],
+            cells.groups[train],
+            (1.0 - share, share, 0.0),
+            seed,
+            unit="group",
         )
         train, val = train[cut.train], train[cut.val]
     made = Split(train, val, split.test)

@@ -39,6 +39,8 @@ class MILConfig:
         seed: of initialisation, order, sampling and dropout.
         lora_rank: rank of the encoder's adaptation; 0 leaves the encoder as it is.
         lora_targets: any of q, k, v, o, mlp.
+        lora_blocks: adapt the last so many blocks of the encoder; 0: all. What lies below them is
+            frozen and can be computed once for many trials.
         lora_alpha: scale of the update, alpha / sqrt(rank).
         lora_dropout: on the input of A.
         lora_lr: of A and B.
@@ -72,6 +74,7 @@ class MILConfig:
     seed: int = 0
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("q", "v")
+    lora_blocks: int = 0
     lora_alpha: float = 1.0
     lora_dropout: float = 0.25
     lora_lr: float = 1e-3
@@ -136,7 +139,7 @@ class MILConfig:
         not_negative = ("patience", "weight_decay", "lora_weight_decay", "min_lr", "clip_grad")
         problems += [
             f"{name} is {getattr(self, name)}; it must be 0 or more"
-            for name in (*not_negative, "seed", "lora_rank", "warm_start_epochs")
+            for name in (*not_negative, "seed", "lora_rank", "lora_blocks", "warm_start_epochs")
             if getattr(self, name) < 0
         ]
         problems += [

@@ -29,6 +29,7 @@ from cytoray.mil.aggregators import AGGREGATORS
 from cytoray.mil.config import MILConfig
 
 FIELDS = tuple(entry.name for entry in fields(MILConfig) if entry.name != "options")
+_LORA_FIELDS = tuple(name for name in FIELDS if name.startswith("lora_"))
 _SPAN_KEYS = {"min", "max", "log"}
 
 
@@ -215,6 +216,8 @@ def _config(point: Point, base: MILConfig, published: bool, lora_epochs: int) ->
     if values.get("lora_rank", base.lora_rank) > 0:
         epochs = values.get("epochs", base.epochs)
         values = {"warm_start_epochs": epochs} | values | {"epochs": lora_epochs}
+    else:  # how an encoder would be adapted makes no other trial
+        values = {k: v for k, v in values.items() if k == "lora_rank" or k not in _LORA_FIELDS}
     return from_plain(MILConfig, to_plain(base) | to_plain(values))
 
 

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from cytoray.models.prefix import features_from
+
+if TYPE_CHECKING:
+    from cytoray.mil.prefix import FrozenPrefix
 
 
 class TileSource(Protocol):
@@ -78,6 +83,7 @@ def embed_tiles(
     batch_tiles: int = 128,
     precision: str = "auto",
     rng: np.random.Generator | None = None,
+    prefix: FrozenPrefix | None = None,
 ) -> Tensor:
     """Features of some tiles of a slide, in batches: (k, D) float32 on the CPU.
 
@@ -89,12 +95,26 @@ def embed_tiles(
         batch_tiles: tiles a forward.
         precision: `auto`, `fp32` or `bf16`.
         rng: handed to the tile source.
+        prefix: activations of the encoder's frozen blocks, used where it holds the tiles.
     """
     device = next(encoder.parameters()).device
     rng = rng or np.random.default_rng(0)
     features = []
     for start in range(0, len(indices), batch_tiles):
-        pixels = tile_source(slide_id, indices[start : start + batch_tiles], rng)
+        chosen = indices[start : start + batch_tiles]
+        tokens = prefix(slide_id, chosen) if prefix is not None else None
+        pixels = tile_source(slide_id, chosen, rng) if tokens is None else None
         with precision_context(precision, device):
-            features.append(encoder(torch.from_numpy(pixels).to(device)).float().cpu())
+            if prefix is not None and tokens is not None:
+                batch = features_above(encoder, prefix, tokens)
+            else:
+                batch = encoder(torch.from_numpy(pixels).to(device))
+        features.append(batch.float().cpu())
     return torch.cat(features)
+
+
+def features_above(encoder: nn.Module, prefix: FrozenPrefix, tokens: np.ndarray) -> Tensor:
+    """Features (k, D) from what a prefix holds of the tiles."""
+    device = next(encoder.parameters()).device
+    batch = torch.from_numpy(tokens).to(device).float()
+    return features_from(cast(Any, encoder), batch, prefix.depth)

@@ -17,9 +17,11 @@ from cytoray.errors import InputError, raise_problems
 from cytoray.mil.base import Aggregator
 from cytoray.mil.config import MILConfig
 from cytoray.mil.packing import PackedBags, pack
+from cytoray.mil.prefix import FrozenPrefix
 from cytoray.mil.tiles import (
     TileSource,
     embed_tiles,
+    features_above,
     precision_context,
     spread_indices,
     turn_and_flip,
@@ -66,6 +68,7 @@ def adapt_encoder(encoder: nn.Module, config: MILConfig) -> nn.Module:
         targets=config.lora_targets,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
+        last_blocks=config.lora_blocks,
     )
     if config.gradient_checkpointing:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -84,6 +87,7 @@ def train_lora(
     on_epoch: OnEpoch | None = None,
     *,
     frozen_features: Mapping[str, np.ndarray] | None = None,
+    prefix: FrozenPrefix | None = None,
     device: torch.device | str = "cpu",
 ) -> MILResult:
     """Train an aggregator and the encoder's LoRA layers together; `encoder` is not changed.
@@ -102,6 +106,8 @@ def train_lora(
         on_epoch: called with each epoch's record; a true answer stops the trial.
         frozen_features: features (N_i, D) of the slides by this encoder, for the warm start;
             None: the tiles are embedded for it.
+        prefix: activations below the first adapted block, computed before; without `augment` the
+            training tiles are taken from it as well.
         device: to train on.
 
     Raises:
@@ -112,7 +118,7 @@ def train_lora(
     _check_tiles(tile_source, [*train_ids, *val_ids])
     with seeded(config.seed, device):
         adapted = adapt_encoder(encoder, config).to(device)
-        session = _LoraSession(config, adapted, tile_source, device, frozen_features)
+        session = _LoraSession(config, adapted, tile_source, device, frozen_features, prefix)
         train_set, val_set = (list(train_ids), labels[0]), (list(val_ids), labels[1])
         return session.run(train_set, val_set, num_classes, on_epoch)
 
@@ -136,8 +142,10 @@ class _LoraSession:
         tile_source: TileSource,
         device: torch.device,
         frozen_features: Mapping[str, np.ndarray] | None = None,
+        prefix: FrozenPrefix | None = None,
     ) -> None:
         self.config, self.encoder, self.device = config, encoder, device
+        self.prefix = prefix
         self.tile_source, self.frozen_features = tile_source, frozen_features
         self.backbone = backbone_of(encoder)
 
@@ -152,29 +160,50 @@ class _LoraSession:
             indices,
             batch_tiles=self.config.batch_tiles,
             precision=self.config.precision,
+            prefix=self.prefix,
         )
 
     def sample(self, slide_ids: Sequence[str], rng: np.random.Generator) -> PackedBags:
         """Fresh tiles of each slide through the encoder, with gradient."""
-        counts, pixels = [], []
-        for slide_id in slide_ids:
-            num_tiles = self.tile_source.num_tiles(slide_id)
-            size = min(self.config.tiles_per_bag, num_tiles)
-            chosen = np.sort(rng.choice(num_tiles, size, replace=False))
-            pixels.append(torch.from_numpy(self.tile_source(slide_id, chosen, rng)))
-            counts.append(size)
-        tiles = torch.cat(pixels).to(self.device)
-        if self.config.augment:
-            tiles = turn_and_flip(tiles, rng)
+        picks = [(slide_id, self._pick(slide_id, rng)) for slide_id in slide_ids]
+        held = self._held(picks)
+        tiles = None if held is not None else self._pixels(picks, rng)
         set_lora_training(self.backbone, True)  # until the next embed: checkpoints recompute
         with precision_context(self.config.precision, self.device):
-            features = self.encoder(tiles)
+            if self.prefix is not None and held is not None:
+                features = features_above(self.encoder, self.prefix, held)
+            else:
+                features = self.encoder(tiles)
         if self.config.lora_rank and not features.requires_grad:
             raise InputError(
                 "this encoder gives features without gradient, so LoRA cannot learn: its forward "
                 "must not run under torch.no_grad"
             )
+        counts = [len(indices) for _, indices in picks]
         return pack(features.float().split(counts)).to(self.device)
+
+    def _pick(self, slide_id: str, rng: np.random.Generator) -> np.ndarray:
+        num_tiles = self.tile_source.num_tiles(slide_id)
+        size = min(self.config.tiles_per_bag, num_tiles)
+        return np.sort(rng.choice(num_tiles, size, replace=False))
+
+    def _held(self, picks: Sequence[tuple[str, np.ndarray]]) -> np.ndarray | None:
+        """Activations of the picked tiles; None where some are not held, or are to be turned."""
+        if self.prefix is None or self.config.augment:
+            return None
+        parts = []
+        for slide_id, indices in picks:
+            part = self.prefix(slide_id, indices)
+            if part is None:
+                return None
+            parts.append(part)
+        return np.concatenate(parts)
+
+    def _pixels(self, picks: Sequence[tuple[str, np.ndarray]], rng: np.random.Generator) -> Tensor:
+        """Pixels of the picked tiles, on the device, turned and flipped if asked for."""
+        pixels = [torch.from_numpy(self.tile_source(*pick, rng)) for pick in picks]
+        tiles = torch.cat(pixels).to(self.device)
+        return turn_and_flip(tiles, rng) if self.config.augment else tiles
 
     def warm_start(self, train_set, val_set, num_classes: Classes) -> dict[str, Tensor]:
         """An aggregator's state after some epochs on frozen features."""

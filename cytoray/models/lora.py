@@ -86,10 +86,15 @@ def split_qkv(vit: nn.Module) -> nn.Module:
     return vit
 
 
-def _adapted_names(vit: nn.Module, targets: Sequence[str]) -> list[str]:
+def _adapted_names(vit: nn.Module, targets: Sequence[str], last_blocks: int = 0) -> list[str]:
     """Names of the Linears that the targets stand for, in a model whose qkv is split."""
-    names = []
-    for attention in _attention_names(vit):
+    names, attentions = [], _attention_names(vit)
+    if last_blocks > len(attentions):
+        raise InputError(
+            f"LoRA on the last {last_blocks} blocks: {type(vit).__name__} has {len(attentions)}; "
+            "0 means all"
+        )
+    for attention in attentions[-last_blocks:]:
         names += [f"{attention}.{TARGETS[target]}" for target in targets if target != "mlp"]
         if "mlp" in targets:
             names += _mlp_names(vit, f"{attention.rpartition('.')[0]}.mlp".lstrip("."))
@@ -111,12 +116,26 @@ def _mlp_names(vit: nn.Module, mlp: str) -> list[str]:
     return names
 
 
+def check_lora(vit: nn.Module, targets: Sequence[str], last_blocks: int = 0) -> None:
+    """See that LoRA can be added to a model, without touching it.
+
+    Raises:
+        InputError: it cannot; see `add_lora`.
+    """
+    if not targets:
+        raise InputError(f"LoRA needs at least one target; valid: {', '.join(TARGETS)}")
+    for target in targets:
+        choose("LoRA target", target, TARGETS)
+    _adapted_names(vit, targets, last_blocks)
+
+
 def add_lora(
     vit: nn.Module,
     rank: int,
     targets: Sequence[str] = ("q", "v"),
     alpha: float = 1.0,
     dropout: float = 0.25,
+    last_blocks: int = 0,
 ) -> nn.Module:
     """Freeze a timm ViT and add low-rank updates to its attention blocks, in place.
 
@@ -129,19 +148,18 @@ def add_lora(
         targets: any of `q`, `k`, `v`, `o` (the output projection) and `mlp` (its Linears).
         alpha: scale.
         dropout: on the input of A, in training mode.
+        last_blocks: adapt the last so many blocks; 0: all.
 
     Returns:
         `vit`.
 
     Raises:
-        InputError: a bad rank or target, a model without fused qkv, or one already adapted.
+        InputError: a bad rank or target, more blocks than there are, a model without fused qkv, or
+            one already adapted.
     """
     if rank < 0:
         raise InputError(f"LoRA rank {rank} is negative; 0 means no adaptation")
-    if not targets:
-        raise InputError(f"LoRA needs at least one target; valid: {', '.join(TARGETS)}")
-    for target in targets:
-        choose("LoRA target", target, TARGETS)
+    check_lora(vit, targets, last_blocks)
     if lora_layers(vit):
         raise InputError("this model already has LoRA layers; merge them or load it anew")
     vit.requires_grad_(False)
@@ -150,7 +168,7 @@ def add_lora(
     from peft import LoraConfig, inject_adapter_in_model
 
     split_qkv(vit)
-    modules = _adapted_names(vit, targets)
+    modules = _adapted_names(vit, targets, last_blocks)
     options: dict[str, Any] = {"lora_alpha": alpha, "use_rslora": True}
     config = LoraConfig(r=rank, target_modules=modules, lora_dropout=dropout, **options)
     inject_adapter_in_model(config, vit, ADAPTER)

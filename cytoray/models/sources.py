@@ -144,6 +144,10 @@ def _check_timm_name(name: str) -> None:
     plain_name = name.split("/")[-1].split(".")[0]
     if "/" in name or not timm.is_model(plain_name):
         near = close_names(plain_name, [*KNOWN, *timm.list_models()])
+        if "/" in name and Path(name).exists():
+            near = ""
+        elif "/" in name:
+            near = f" (nothing is at {Path(name).expanduser()})"
         raise InputError(
             f"encoder {name!r} is neither a folder with {SPEC_FILE} nor a timm model{near}; other "
             f"forms: {', '.join(KNOWN)}, hf-hub:OWNER/MODEL, open_clip:MODEL/WEIGHTS, NAME@FILE, "

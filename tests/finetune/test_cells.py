@@ -60,6 +60,8 @@ def test_other_columns(tmp_path) -> None:
         (["path,label", "a,x", "b,x"], r"one class only \(x\)"),
         (["path,label", "a,x", "a,y"], r"row 1: a stands in row 0 already"),
         (["path,label", "a,x", "b,", ",y"], r"row 1 \(b\): no label(.|\n)*|row 2 \(no path\)"),
+        (["path,label,split", "a,x,tset", "b,y,"], r"row 0 \(a\): split 'tset' is none of train"),
+        (["path,label", ",x", "b,y"], r"row 0 \(no path\): no path"),
         (["file_name,label", "a,x"], r"none of the columns path, image.*there: file_name, label"),
         (["path,label"], "holds no image"),
     ],
@@ -77,6 +79,11 @@ def test_folders_that_cannot_be_used(labelled_cells, tmp_path) -> None:
         read_cells(tmp_path / "one")
     shutil.copy(labelled_cells.parent / "red" / "00_0.png", tmp_path / "one" / "loose.png")
     with pytest.raises(InputError, match=r"folder per class(.|\n)*loose\.png"):
+        read_cells(tmp_path / "one")
+    (tmp_path / "one" / "loose.png").unlink()
+    for name in ("bare", ".hidden"):
+        (tmp_path / "one" / name).mkdir()
+    with pytest.raises(InputError, match=r"without an image(.|\n)*  - bare$"):
         read_cells(tmp_path / "one")
     with pytest.raises(InputError, match="needs a bracket"):
         Columns(group_pattern="[0-9]+")
@@ -96,6 +103,14 @@ def test_a_split_keeps_groups_whole_and_hangs_on_the_seed(labelled_cells) -> Non
     assert all((a == b).all() for a, b in zip(split, again, strict=True))
     other = split_cells(cells, val_fraction=0.2, test_fraction=0.3, seed=2)
     assert any(a.tolist() != b.tolist() for a, b in zip(split, other, strict=True))
+
+
+def test_a_class_with_too_few_groups_is_named(tmp_path) -> None:
+    rows = [f"{name}{i},{name},{group}" for name, count in (("rare", 2), ("common", 9))
+            for i, group in enumerate(f"{name}{n}" for n in range(count))]  # fmt: skip
+    cells = read_cells(write(tmp_path / "a.csv", "path,label,group", *rows))
+    with pytest.raises(InputError, match="class 'rare' counts 2 groups"):
+        split_cells(cells)
 
 
 def table_with_split(path: Path, parts: dict[str, str]) -> Path:

@@ -95,6 +95,14 @@ def test_points_become_trials_once_each() -> None:
     assert flat_config(configs[-1])["options.hidden_dim"] == 16
 
 
+def test_trials_without_lora_do_not_differ_by_how_an_encoder_is_adapted() -> None:
+    points = grid({"lora_rank": (0, 4), "lora_blocks": (0, 2), "lora_lr": (1e-3, 1e-4)})
+    configs = configs_of(points, BASE)
+    found = sorted((c.lora_rank, c.lora_blocks, c.lora_lr) for c in configs)
+    assert found[0] == (0, BASE.lora_blocks, BASE.lora_lr)
+    assert found[1:] == [(4, b, lr) for b in (0, 2) for lr in (1e-4, 1e-3)]
+
+
 def test_published_settings_are_each_aggregators_own() -> None:
     configs = configs_of(grid({"aggregator": ("abmil", "dsmil")}), BASE, published=True)
     for config in configs:

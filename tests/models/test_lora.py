@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
 
 from cytoray.errors import InputError
 from cytoray.models.lora import (
@@ -17,6 +18,7 @@ from cytoray.models.lora import (
     split_qkv,
     trainable_parameters,
 )
+from cytoray.models.sr_transformer import SR_TABLES, use_sr
 
 
 def make_vit(seed=0, **kwargs):
@@ -164,3 +166,54 @@ def test_what_cannot_be_adapted_is_said():
         add_lora(make_vit(), 1, targets=())
     with pytest.raises(InputError, match="already"):
         add_lora(add_lora(make_vit(), 1), 1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "widths"),
+    [
+        (("q", "v"), [(48, 48)] * 2),
+        (("q", "k", "v", "o"), [(48, 48)] * 4),
+        (("mlp",), [(48, 192), (192, 48)]),
+        (("q", "k", "v", "o", "mlp"), [(48, 48)] * 4 + [(48, 192), (192, 48)]),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, 2, 16])
+@pytest.mark.parametrize("last_blocks", [0, 1])
+def test_trained_parameters_are_those_of_the_formula(targets, widths, rank, last_blocks):
+    """A is (r, in), B is (out, r): r * (in + out) for each Linear of each adapted block."""
+    vit = add_lora(make_vit(), rank, targets=targets, last_blocks=last_blocks)
+    blocks = last_blocks or 2
+    expected = blocks * sum(rank * (fan_in + fan_out) for fan_in, fan_out in widths)
+    assert sum(value.numel() for value in trainable_parameters(vit).values()) == expected
+    first = min(int(name.split(".")[1]) for name in lora_layers(vit))
+    assert first == 2 - blocks
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_sr_backbone_is_adapted_and_merged_back(rank):
+    def make(seed):
+        vit = use_sr(make_vit(seed), top_h=6)
+        for name, table in vit.named_parameters():
+            if name.rsplit(".", 1)[-1] in SR_TABLES:
+                nn.init.normal_(table, std=0.3, generator=torch.Generator().manual_seed(3))
+        return vit.eval()
+
+    vit = make(0)
+    plain, keys = vit(images()), list(vit.state_dict())
+    add_lora(vit, rank, targets=("q", "k", "v", "o", "mlp"))
+    assert torch.allclose(vit(images()), plain, atol=1e-6, rtol=0)
+    if not rank:
+        return
+    assert not any(name.rsplit(".", 1)[-1] in SR_TABLES for name in trainable_parameters(vit))
+    shake(vit)
+    adapted, merged = vit(images()), merge_lora(vit)
+    assert list(merged) == keys
+    fresh = make(9)
+    fresh.load_state_dict(merged)
+    assert torch.allclose(fresh(images()), adapted, atol=1e-5, rtol=0)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+
+
+def test_more_blocks_than_there_are_is_said():
+    with pytest.raises(InputError, match="last 3 blocks: VisionTransformer has 2; 0 means all"):
+        add_lora(make_vit(), 1, last_blocks=3)

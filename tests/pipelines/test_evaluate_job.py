@@ -165,6 +165,17 @@ def test_settings_that_cannot_be_are_listed_together() -> None:
         assert said in text
 
 
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(config, bags, tmp_path, capsys) -> None:
+    plan = evaluate.run(replace(config, out=tmp_path / "o", dry_run=True))
+    assert (plan["examples"], plan["groups"]) == (90, 30)
+    assert plan["pieces"] == "8 probe, 4 few_shot, 2 map, 2 attention"
+    assert plan["few-shot fits"] == 4 * 2 * 2
+    assert "class red" in capsys.readouterr().out
+    plan = evaluate.run(bag_config(config, bags, tmp_path / "o", dry_run=True))
+    assert plan["encoders"] == "good, bad"
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -234,6 +234,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(config, tmp_path, ca
     [
         ({"shots": (2, 40)}, r"class 'big' has \d+ training examples, 40 shots are asked for"),
         ({"encoders": ("vit_tinny_patch16_224",)}, r"did you mean vit_tiny_patch16_224"),
+        ({"encoders": ("random:resnet10t",)}, r"random:resnet10t: LoRA needs a ViT"),
+        ({"encoders": ("nope", "/no/e")}, r"'nope' is neither(.|\n)*nothing is at /no/e"),
         ({"cpus_per_trial": 9.0}, r"CPU: 9 needed at once, the cluster has 4"),
         ({"cells": Path("/nowhere")}, r"no folder or CSV of labelled images at /nowhere"),
     ],

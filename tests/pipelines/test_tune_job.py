@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,18 @@ import pytest
 from mlflow import MlflowClient
 
 from benchmarks.made_study import make_bags, make_index, make_study
-from cytoray.errors import InputError
+from cytoray.distributed.cluster import Shared
+from cytoray.distributed.prefixes import share_prefixes
+from cytoray.distributed.trials import TrialSpec, run_trial
+from cytoray.errors import InputError, SlideError
 from cytoray.evaluation import evaluate_scores
 from cytoray.mil import MILConfig, load_head, open_bags
+from cytoray.models.encoder import load_encoder
+from cytoray.progress import Progress
 from cytoray.slides import read_slide_table
 from cytoray.tracking import Tracker
 from pipelines import tune
+from pipelines.tune_search import prepare, search_settings
 
 pytestmark = pytest.mark.ray
 
@@ -132,6 +139,55 @@ def test_resume_runs_nothing_again_and_leaves_no_doubles(config, tuned, tracking
     assert [child.status for child in children] == ["FINISHED"] * 4
 
 
+def test_lora_trials_share_the_output_of_frozen_blocks(config, tuned, tmp_path) -> None:
+    """A trial gives the same with what is shared, and reads no slide then."""
+    [note] = tuned["frozen_blocks"]
+    assert re.search(r"0 frozen blocks: output for \d+ tiles of 2 slides computed once", note)
+    mil = replace(MIL, augment=False, eval_tiles=4)
+    search = prepare(replace(config, aggregators=("mean",), lora_ranks=(2,), lora_blocks=(1,),
+                             mil=mil))  # fmt: skip
+    settings = search_settings(config, search)
+    [candidate], [fold] = search.candidates, search.folds
+    specs = [
+        TrialSpec(key=key, candidate=key, config=candidate.config, encoder=0, fold=fold.name,
+                  folder=str(tmp_path / key))
+        for key in ("plain", "shared")
+    ]  # fmt: skip
+    with Progress("tests") as progress:
+        shared = share_prefixes(specs, settings, progress)
+        none = share_prefixes(specs, settings, progress, limit_gb=0)
+        [(place, prefix)] = shared.prefixes.items()
+        token_bytes = prefix.load(search.cohort.slide_ids[fold.val[0]])[0].nbytes
+        few_gb = 4 * len(fold.val) * token_bytes / 1e9
+        few = share_prefixes(specs, settings, progress, limit_gb=few_gb)
+        less = share_prefixes(specs, settings, progress, limit_gb=few_gb * 0.9)
+    depth = len(load_encoder(config.encoder[0]).model.blocks) - 1
+    assert place == (0, depth)
+    assert set(prefix.tiles) == set(search.cohort.ids([*fold.train, *fold.val]))
+    assert {len(tiles) for tiles in few.prefixes[place].tiles.values()} == {4}
+    assert set(few.prefixes[place].tiles) == set(search.cohort.ids(fold.val))
+    assert (none.prefixes, none.prefix_notes) == ({}, ())
+    assert less.prefixes == {}
+    assert "each of 2 trials computes their output anew" in less.prefix_notes[0]
+    plain = run_trial(specs[0], settings)
+    gone = settings.plan.get()
+    lost = gone.slides.set_column(
+        gone.slides.column_names.index("path"), "path", [["/gone.svs"] * len(gone.slides)]
+    )
+    unread = replace(shared, plan=Shared(replace(gone, slides=lost)))
+    again = run_trial(specs[1], unread)
+    assert [r["epoch"] for r in again["history"]] == [r["epoch"] for r in plain["history"]]
+    for before, after in zip(plain["history"], again["history"], strict=True):
+        assert after["val_loss"] == pytest.approx(before["val_loss"], abs=2e-3)
+    with pytest.raises(SlideError, match="missing_file"):
+        run_trial(specs[1], replace(unread, prefixes={}))
+    with Progress("tests") as progress:
+        failed = share_prefixes(specs, unread, progress)
+    assert "not kept for" in failed.prefix_notes[0]
+    assert "missing_file" in failed.prefix_notes[0]
+    assert failed.prefixes[place].tiles == {}
+
+
 @pytest.mark.slow
 def test_a_failing_trial_does_not_stop_the_others(config, tracking_uri, tmp_path) -> None:
     """A training slide is gone: the trial that reads its tiles fails, the one on bags does not."""
@@ -178,6 +234,8 @@ def test_a_patient_in_two_parts_is_refused(config, tmp_path) -> None:
         ({"group": "batch"}, r"unknown group column 'batch'"),
         ({"folds": 5}, r"class '[01]' counts 4 patients"),
         ({"space": Path("/gone.yaml")}, r"cannot read the search space /gone.yaml"),
+        ({"lora_blocks": (99,)}, r"LoRA on the last 99 blocks: .* has \d+; 0 means all"),
+        ({"prefix_gb": -1.0}, r"--prefix-gb must be 0 or more"),
         ({"cpus_per_trial": 9.0}, r"CPU: 9 needed at once, the cluster has 4 \(5 missing\)"),
         ({"gpus_per_trial": 0.5}, r"GPU: 0\.5 needed at once, the cluster has 0"),
         ({"bags": (Path("/nowhere"),)}, r"no folder of bags at /nowhere"),
