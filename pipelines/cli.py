@@ -16,6 +16,7 @@ JOBS = {
     "plan": "what a job would take and cost on a cluster, from a few slides really read",
     "pretrain": "self-supervised pretraining on streamed, nuclei-centred views",
     "embed": "encoder -> a bag of features for every slide",
+    "bags": "features of other tools in as bags, and bags out (CLAM and TRIDENT's HDF5, .pt)",
     "tune": "grid over MIL aggregators and LoRA ranks, tracked in MLflow",
     "finetune": "adapt encoders to labelled cell images: linear, LoRA, full; few-shot curves",
     "evaluate": "probes, few-shot curves and paired comparison of frozen encoders",

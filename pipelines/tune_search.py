@@ -72,7 +72,7 @@ def prepare(config: Config) -> Search:
         {name: AGGREGATORS[name].multi_task for name in sorted(names)},
         dict.fromkeys(config.label, ()),
     )
-    stores = [open_bags(folder) for folder in config.bags]
+    stores = [open_bags(folder, check=False) for folder in config.bags]
     cohort = read_cohort(config.index / "slides.parquet", config.label, stores, config.group)
     shares = {"val_fraction": config.val_fraction, "seed": config.seed}
     folds = make_folds(

@@ -157,15 +157,13 @@ def _computed(
     """Run the frozen blocks; a slide that cannot be read is left to the trials that need it."""
     shared, names = ray.put((settings, trials[0].config)), list(wanted)
     size = math.ceil(len(names) / (_TASKS_A_SLOT * pool_size(settings, 0)))
-    task = ray.remote(_prefix_of_slides).options(
-        num_cpus=settings.cpus_per_trial, num_gpus=settings.gpus_per_trial or None
-    )
+    task = ray.remote(_prefix_of_slides)
+    resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial or None}
     arrays, waiting = {}, {}
     for start in range(0, len(names), size):
         part = {name: wanted[name] for name in names[start : start + size]}
-        *made, reasons = task.options(num_returns=len(part) + 1).remote(
-            shared, encoder, part, depth
-        )
+        task_of_part = task.options(num_returns=len(part) + 1, **resources)
+        *made, reasons = task_of_part.remote(shared, encoder, part, depth)
         arrays |= dict(zip(part, made, strict=True))
         waiting[reasons] = list(part)
     lost: dict[str, str] = {}

@@ -115,7 +115,7 @@ def read_cohort(
     if group:
         choose("group column", group, [*others, "site"])
     rows = table.to_pylist()
-    _check_known({row["slide_id"] for row in rows}, stores)
+    _check_bags({row["slide_id"] for row in rows}, stores)
     used, left_out = _usable(rows, label_columns, stores)
     tasks, labels = _labels(used, label_columns)
     leak_columns = {"patient": [row["patient_id"] for row in used]}
@@ -132,16 +132,24 @@ def read_cohort(
     )
 
 
-def _check_known(known: set[str], stores: Sequence[BagStore]) -> None:
+def _check_bags(known: set[str], stores: Sequence[BagStore]) -> None:
+    """Refuse bags that do not go together, or of slides that the index does not know; all at once.
+
+    Features are not read here; NaN is caught when they are.
+    """
     problems = []
     for store in stores:
-        strange = [name for name in store.slide_ids if name not in known]
-        problems += [f"bag {name} in {store.folder}" for name in strange]
-    raise_problems(
-        "some bags belong to slides that the index does not know; index those slides, or move the "
-        "bags away:",
-        problems,
-    )
+        problems += [
+            f"bag {name} in {store.folder}: the index does not know this slide; index it, or move "
+            "the bag away"
+            for name in store.slide_ids
+            if name not in known
+        ]
+        try:
+            store.check()
+        except InputError as error:
+            problems += error.problems or [str(error)]
+    raise_problems("some bags cannot be used:", problems)
 
 
 def _usable(

@@ -158,7 +158,8 @@ def _meta_of(name: str, attributes: dict[str, Any], facts: TileFacts) -> BagMeta
         if value is not None:
             said[key] = value
     problems = [
-        f"bag {name}: the file does not say {key}; give it as TileFacts({key}=...)"
+        f"bag {name}: the file does not say {key}; give it: --facts.{key.replace('_', '-')} "
+        f"or TileFacts({key}=...)"
         for key in ("tile_px", "mpp", "tile_size_level0")
         if key not in said
     ]

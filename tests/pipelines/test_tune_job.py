@@ -335,8 +335,10 @@ def test_bags_that_do_not_belong_are_named(ray_cluster, tracking_uri, tmp_path) 
     make_bags(bags, {"stranger": 0})
     with pytest.raises(InputError, match="bag stranger in"):
         tune.run(config)
-    (bags / "slide_id=stranger" / "bag.parquet").unlink()
     make_bags(bags, {"s003": 0}, width=5)
+    with pytest.raises(InputError, match=r"bag stranger in(.|\n)*bag s003: width 5, bag s000"):
+        tune.run(config)
+    (bags / "slide_id=stranger" / "bag.parquet").unlink()
     with pytest.raises(InputError, match="bag s003: width 5, bag s000 has 16"):
         tune.run(config)
     with pytest.raises(InputError, match=r"2 labels at once need aggregators of several tasks"):
