@@ -32,6 +32,7 @@ from pipelines.tune_search import (
     child_runs,
     hide_paths,
     keep_space,
+    plan_search,
     prepare,
     search_settings,
     spec_of,
@@ -85,6 +86,7 @@ class Config:
         tracking_uri: MLflow; default: a SQLite file in the working folder.
         tracking_wait_s: how long to wait at the end for an MLflow server that is away.
         experiment: MLflow experiment.
+        dry_run: say what would be searched on what, and stop.
         resume: go on with the search in `out`; finished trials are not run again.
         address: a running Ray cluster; default: start one here.
     """
@@ -123,6 +125,7 @@ class Config:
     tracking_uri: str = ""
     tracking_wait_s: float = 60.0
     experiment: str = "cytoray"
+    dry_run: bool = False
     resume: bool = False
     address: str | None = None
 
@@ -171,6 +174,8 @@ def run(config: Config) -> dict[str, Any]:
     """Run the search, choose by validation, evaluate the held-out slides, register the head."""
     began = time.perf_counter()
     search = prepare(config)
+    if config.dry_run:
+        return plan_search(config, search)
     connect(config.address)
     check_fits(
         [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)],

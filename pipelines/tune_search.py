@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import Shared
@@ -17,6 +17,7 @@ from cytoray.mil.cohort import (
     Cohort,
     FeatureSet,
     check_task_support,
+    cohort_facts,
     distinct_names,
     read_cohort,
     read_features,
@@ -25,6 +26,7 @@ from cytoray.mil.folds import Fold, final_fold, fold_problems, make_folds
 from cytoray.mil.space import Axis, Candidate, candidates_of, configs_of, draws, grid, read_axes
 from cytoray.models.encoder import load_encoder
 from cytoray.models.lora import check_lora
+from cytoray.progress import summary_table
 from cytoray.runs import RunFolder
 from cytoray.slides import read_slide_table
 from cytoray.tracking import ChildRun
@@ -145,6 +147,24 @@ def _check_encoders(
                 f"{encoder_id}; embed again, or name the encoder that made them"
             )
     raise_problems("these encoders cannot be used:", problems)
+
+
+def plan_search(config: Config, search: Search) -> dict[str, Any]:
+    """Show what a run would do: facts by name."""
+    folds = [fold for fold in search.folds if fold.name != "final"]
+    ranks = sorted({candidate.config.lora_rank for candidate in search.candidates})
+    plan = {
+        "trials": len(search.candidates) * len(folds),
+        "candidates": len(search.candidates),
+        "aggregators": ", ".join(sorted({c.config.aggregator for c in search.candidates})),
+        "LoRA ranks": ", ".join(map(str, ranks)),
+        "encoders": ", ".join(entry.name for entry in search.features),
+        "epochs at most": sum(c.config.epochs for c in search.candidates) * len(folds),
+        **cohort_facts(search.cohort, folds),
+    }
+    summary_table("tune would run", plan)
+    print(f"nothing was started or written; leave out --dry-run to search into {config.out}")
+    return plan
 
 
 def keep_space(folder: RunFolder, candidates: list[Candidate]) -> None:

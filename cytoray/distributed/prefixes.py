@@ -157,7 +157,7 @@ def _computed(
     """Run the frozen blocks; a slide that cannot be read is left to the trials that need it."""
     shared, names = ray.put((settings, trials[0].config)), list(wanted)
     size = math.ceil(len(names) / (_TASKS_A_SLOT * pool_size(settings, 0)))
-    task = ray.remote(_prefix_of_slides)
+    task: Any = ray.remote(_prefix_of_slides)
     resources = {"num_cpus": settings.cpus_per_trial, "num_gpus": settings.gpus_per_trial or None}
     arrays, waiting = {}, {}
     for start in range(0, len(names), size):

@@ -249,6 +249,16 @@ def test_grids_that_cannot_be_are_refused_before_anything_is_written(
     assert not (tmp_path / "o").exists()
 
 
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys) -> None:
+    index, bags = make_study(tmp_path, 24)
+    config = tune.Config(bags=(bags,), index=index, out=tmp_path / "o", lora_ranks=(0,), folds=3,
+                         aggregators=("mean", "abmil"), lrs=(1e-3, 1e-4), dry_run=True)  # fmt: skip
+    plan = tune.run(config)
+    assert (plan["trials"], plan["candidates"], plan["slides"]) == (12, 4, 24)
+    assert "nothing was started" in capsys.readouterr().out
+    assert not (tmp_path / "o").exists()
+
+
 def board_of(out: Path) -> dict:
     return json.loads((out / "leaderboard.json").read_text())
 
