@@ -1,6 +1,6 @@
 """A LoRA trial that reads the output of the frozen blocks against one that computes it anew.
 
-    python -m benchmarks.lora_prefix [--adapted 0 4 1] [--tiles 24] [--rounds 2]
+    python -m benchmarks.lora_prefix [--adapted 0 4 1] [--tiles 12] [--rounds 2]
 
 Both train the same aggregator and adapters on the same tiles, in turns; tiles are random pixels
 in memory, so reading slides, which is saved as well, is left out. `first_trial` counts
@@ -39,8 +39,8 @@ class Config:
 
     encoder: str = "vit_tiny_patch16_224"
     adapted: tuple[int, ...] = (0, 4, 1)
-    slides: int = 8
-    tiles: int = 24
+    slides: int = 4
+    tiles: int = 12
     epochs: int = 2
     rounds: int = 2
     threads: int = 2
