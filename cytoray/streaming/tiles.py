@@ -23,6 +23,7 @@ from cytoray.streaming.chunk_nuclei import (
 )
 from cytoray.streaming.order import ChunkOrder
 from cytoray.streaming.plan import ReadPlan
+from cytoray.streaming.tile_cache import TileCache, TileCacheConfig
 from cytoray.streaming.tile_pixels import OpenSlides
 
 _NUCLEI_TABLES = 4
@@ -66,6 +67,7 @@ class TileReaderConfig:
         nuclei_dir: folder of the index's nuclei tables; empty: detect on the fly.
         detector: name of the detector used when there is no table.
         detector_kwargs: its options.
+        cache: keep tiles on the node's disk for later epochs; None: read the slides every time.
     """
 
     seed: int
@@ -74,6 +76,23 @@ class TileReaderConfig:
     nuclei_dir: str = ""
     detector: str = "classical"
     detector_kwargs: dict[str, Any] = field(default_factory=dict)
+    cache: TileCacheConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ChunkSource:
+    """A chunk before anything random: pixels of its kept tiles by index, and its nuclei.
+
+    `failure` says why none could be read, `bad_tiles` why one could not.
+    """
+
+    tiles: dict[int, np.ndarray] = field(default_factory=dict)
+    nuclei: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    bad_tiles: dict[int, str] = field(default_factory=dict)
+    failure: str = ""
+    cached: bool = False
+    read_s: float = 0.0
+    detect_s: float = 0.0
 
 
 class TileReader:
@@ -85,6 +104,7 @@ class TileReader:
         self.config = config
         self.slides = OpenSlides(plan)
         self.grid = self.slides.grid
+        self._cache = None if config.cache is None else TileCache(config.cache)
         self._nuclei: OrderedDict[int, np.ndarray] = OrderedDict()
         self._detect = (
             None if config.nuclei_dir else build_detector(config.detector, **config.detector_kwargs)
@@ -96,8 +116,9 @@ class TileReader:
         Returns:
             Columns, one row a tile: `pixels` uint8 (n, S, S, 3); `views` float32 (n, V, P), see
             `cytoray.perturb.VIEW_PARAMS`; `tile_id` and `error` str (empty when the tile could be
-            read); `num_nuclei` int32; `read_s`, `detect_s`, `perturb_s` float32, seconds spent on
-            the tile. n is what the plan says, always: a tile that cannot be read has its error.
+            read); `num_nuclei` int32; `cached` bool, whether it came from the tile cache;
+            `read_s`, `detect_s`, `perturb_s` float32, seconds spent on the tile. n is what the
+            plan says, always: a tile that cannot be read has its error.
         """
         epochs, chunks = self.order.chunks(np.array([position]))
         epoch, chunk = int(epochs[0]), int(chunks[0])
@@ -106,37 +127,65 @@ class TileReader:
         slide_id = self.slides.row(slide)["slide_id"]
         rng = tile_rng(self.config.seed, epoch, f"{slide_id}:{chunk}")
         indices = indices[rng.permutation(len(indices))].tolist()
-        return self._chunk_rows(slide, int(self.plan.chunk_index[chunk]), indices, epoch)
+        return self._chunk_rows(slide, chunk, indices, epoch)
 
     def _chunk_rows(
-        self, slide: int, chunk_index: int, indices: list[int], epoch: int
+        self, slide: int, number: int, indices: list[int], epoch: int
     ) -> dict[str, np.ndarray]:
         row = self.slides.row(slide)
         _, layout = self.slides.layout(slide)
-        place = layout.chunk_at(chunk_index)
+        place = layout.chunk_at(int(self.plan.chunk_index[number]))
+        source = self._cached(number, indices) or self._from_slide(slide, row, number, place)
+        name = chunk_id(row["slide_id"], self.grid, *place)
+        tiles = []
+        for index in indices:
+            pixels = source.tiles.get(index)
+            if pixels is None:
+                error = source.failure or source.bad_tiles[index]
+                tiles.append(self._unreadable(tile_id(name, index), error))
+                continue
+            corner = layout.tile_rect_px(*place, index)[:2]
+            made = self._tile(tile_id(name, index), row, pixels, corner, source.nuclei, epoch)
+            tiles.append(made)
+        return _columns(tiles, source)
+
+    def _from_slide(
+        self, slide: int, row: dict[str, Any], number: int, place: tuple[int, int]
+    ) -> _ChunkSource:
+        """Read a chunk and find its nuclei; what is whole goes into the cache."""
         begin = time.perf_counter()
-        chunk, failure = None, ""
         try:
             # With its halo even when nuclei come from the table: the same pixels both ways
             chunk = self.slides.read(slide, place, halo_px=halo_px(self.grid.mpp))
         except SlideError as error:
-            failure = str(error)
+            return _ChunkSource(failure=str(error), read_s=time.perf_counter() - begin)
         read_s = time.perf_counter() - begin
         begin = time.perf_counter()
-        nuclei = np.zeros((0, 4), np.float32)
-        if chunk is not None:
-            nuclei = self._nuclei_of(slide, row, chunk)
+        nuclei = self._nuclei_of(slide, row, chunk)
         detect_s = time.perf_counter() - begin
-        name = chunk_id(row["slide_id"], self.grid, *place)
-        tiles = []
-        for index in indices:
-            error = failure or (chunk.bad_tiles.get(index, "") if chunk else "")
-            if chunk is None or error:
-                tiles.append(self._unreadable(tile_id(name, index), error))
-                continue
-            corner = layout.tile_rect_px(*place, index)[:2]
-            tiles.append(self._tile(tile_id(name, index), row, chunk, index, corner, nuclei, epoch))
-        return _columns(tiles, read_s / len(tiles), detect_s / len(tiles))
+        kept = mask_indices(int(self.plan.keep_mask[number])).tolist()
+        bad = {i: chunk.bad_tiles[i] for i in kept if i in chunk.bad_tiles}
+        if self._cache is not None and not bad:
+            self._cache.put(number, chunk.tiles(kept), nuclei)
+        return _ChunkSource(
+            tiles={i: chunk.tile(i) for i in kept if i not in bad},
+            nuclei=nuclei,
+            bad_tiles=bad,
+            read_s=read_s,
+            detect_s=detect_s,
+        )
+
+    def _cached(self, number: int, indices: list[int]) -> _ChunkSource | None:
+        begin = time.perf_counter()
+        found = self._cache.get(number) if self._cache is not None else None
+        if found is None or len(found.pixels) != len(indices):
+            return None
+        return _ChunkSource(
+            tiles=dict(zip(sorted(indices), found.pixels, strict=True)),
+            nuclei=found.nuclei,
+            cached=True,
+            read_s=time.perf_counter() - begin,
+        )
 
     def _unreadable(self, name: str, error: str) -> dict[str, Any]:
         size = self.grid.tile_px
@@ -153,8 +202,7 @@ class TileReader:
         self,
         name: str,
         row: dict[str, Any],
-        chunk: ChunkPixels,
-        index: int,
+        pixels: np.ndarray,
         corner_px: tuple[int, int],
         nuclei_level0: np.ndarray,
         epoch: int,
@@ -170,7 +218,7 @@ class TileReader:
         )
         xy = xy[np.all((xy >= 0) & (xy < size), axis=1)]
         made = nuclei_centred_views(
-            chunk.tile(index),
+            pixels,
             xy,
             self.config.perturb.radius_um / self.grid.mpp,
             self.config.policy,
@@ -203,7 +251,7 @@ class TileReader:
         return nuclei[inside_core(nuclei, core_px, mpp=self.grid.mpp, mpp_slide=mpp_slide)]
 
 
-def _columns(part: list[dict[str, Any]], read_s: float, detect_s: float) -> dict[str, np.ndarray]:
+def _columns(part: list[dict[str, Any]], source: _ChunkSource) -> dict[str, np.ndarray]:
     n = len(part)
     return {
         "tile_id": np.array([p["tile_id"] for p in part]),
@@ -211,7 +259,8 @@ def _columns(part: list[dict[str, Any]], read_s: float, detect_s: float) -> dict
         "pixels": np.stack([p["pixels"] for p in part]),
         "views": np.stack([p["views"] for p in part]).astype(np.float32),
         "num_nuclei": np.array([p["num_nuclei"] for p in part], np.int32),
-        "read_s": np.full(n, read_s, np.float32),
-        "detect_s": np.full(n, detect_s, np.float32),
+        "cached": np.full(n, source.cached),
+        "read_s": np.full(n, source.read_s / n, np.float32),
+        "detect_s": np.full(n, source.detect_s / n, np.float32),
         "perturb_s": np.array([p["perturb_s"] for p in part], np.float32),
     }

@@ -39,12 +39,25 @@ def default_cache() -> SlideCache:
     return _cache(os.environ.get("CYTORAY_CACHE_DIR", ""), os.environ.get("CYTORAY_CACHE_GB", ""))
 
 
+def cache_folder() -> Path:
+    """Where this node keeps what can be had again: CYTORAY_CACHE_DIR, or a temporary folder.
+
+    Raises:
+        InputError: the temporary folder belongs to somebody else.
+    """
+    return _folder(os.environ.get("CYTORAY_CACHE_DIR", ""))
+
+
+def _folder(named: str) -> Path:
+    place = Path(named or Path(tempfile.gettempdir()) / f"cytoray-cache-{os.getuid()}")
+    if not named and place.exists() and place.stat().st_uid != os.getuid():
+        raise InputError(f"{place} belongs to another user; set CYTORAY_CACHE_DIR to a folder")
+    return place
+
+
 @functools.lru_cache(maxsize=4)
 def _cache(folder: str, size_gb: str) -> SlideCache:
-    place = Path(folder or Path(tempfile.gettempdir()) / f"cytoray-cache-{os.getuid()}")
-    if not folder and place.exists() and place.stat().st_uid != os.getuid():
-        raise InputError(f"{place} belongs to another user; set CYTORAY_CACHE_DIR to a folder")
-    cache = SlideCache(place, 0)
+    cache = SlideCache(_folder(folder), 0)
     cached = sum(entry.size_bytes for entry in cache.entries())
     cache.max_bytes = _max_bytes(size_gb, shutil.disk_usage(place).free + cached)
     return cache
