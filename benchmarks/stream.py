@@ -133,9 +133,7 @@ def ours(
     plan: ReadPlan, order: ChunkOrder, config: TileReaderConfig, workers: int, seconds: float
 ) -> float:
     """Tiles per second of Ray Data, the dealer and a Ray Train worker."""
-    share = share_cpus(
-        ray.cluster_resources()["CPU"], 1, cpus_per_worker=None, max_readers=workers
-    )
+    share = share_cpus(ray.cluster_resources()["CPU"], 1, cpus_per_worker=None, max_readers=workers)
     source = {"plan": Shared(plan), "order": order, "config": config, "share": share,
               "reserved_cpus": share.cpus_per_worker, "reserved_gpus": 0.0}  # fmt: skip
     dealing = {"start": StreamPosition(), "end_epoch": 10_000, "batch_size": BATCH,

@@ -33,7 +33,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.slides import Grid, read_manifest
 from cytoray.training import PretrainConfig
 from pipelines.pretrain import Config as Pretrain
-from pipelines.pretrain import crop_policy
+from pipelines.pretrain_report import crop_policy
 
 
 @dataclass(frozen=True, kw_only=True)

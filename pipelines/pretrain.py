@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,28 +12,28 @@ import ray
 
 from cytoray.config import to_plain
 from cytoray.distributed.cluster import Need, Share, Shared, check_fits, connect, share_cpus
-from cytoray.distributed.pretrain import LoopSettings, run_training
+from cytoray.distributed.pretrain import run_training
+from cytoray.distributed.probing import ProbeSettings, ProbeWatch, prepare_probe
+from cytoray.distributed.train_worker import LoopSettings
 from cytoray.distributed.watch import EventWatch
 from cytoray.errors import InputError, choose, raise_problems
-from cytoray.models.encoder import replace_folder
 from cytoray.nuclei import DETECTORS
-from cytoray.perturb import CROP_POLICIES, CropPolicy
 from cytoray.progress import Progress, summary_table
-from cytoray.report import write_report
-from cytoray.report.sections import example_views, pretrain_section
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.slides import iter_slide_table
 from cytoray.streaming import ChunkOrder
-from cytoray.streaming.plan import ReadPlan, plan_of_index
+from cytoray.streaming.plan import ReadPlan, has_nuclei_table, plan_of_index
+from cytoray.streaming.tile_cache import TileCacheConfig, cache_key
 from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
-from cytoray.training import PretrainConfig, latest_checkpoint
+from cytoray.training import PretrainConfig
 from cytoray.training.costs import step_costs
+from pipelines.pretrain_report import crop_policy, end_tracking, finish, probe_log, say
 
 _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
     "keep_checkpoints", "log_every", "experiment", "accumulate", "sharding", "compile",
-    "pack_crops", "checkpoint_blocks",
+    "pack_crops", "checkpoint_blocks", "cache_tiles", "probe_cells", "probe_every",
+    "stop_on_collapse", "log_tiles", "share_pictures",
 }  # fmt: skip
 
 
@@ -62,6 +61,16 @@ class Config:
         keep_checkpoints: newest checkpoints kept.
         log_every: steps between logged metrics.
         max_failures: worker failures the run survives by itself.
+        cache_tiles: GB of each node's disk (below CYTORAY_CACHE_DIR) for tiles and nuclei that were
+            read; they are taken from there in later epochs. 0: slides are read in every epoch.
+        probe_cells: labelled cell images, a folder per class or a CSV as for `cytoray evaluate`;
+            the encoder is probed on them by kNN and logistic regression beside the training.
+        probe_every: steps between probes, rounded up to checkpoints.
+        stop_on_collapse: end the run when the features collapse, instead of only saying so.
+        deterministic: the same bits every time for the same number of workers; slower on a GPU.
+        log_tiles: write the tile ids of every step to `tiles-rank*.jsonl`.
+        share_pictures: send sample views and attention maps to MLflow even when it is a server and
+            not a file here; they show slide pixels.
         tracking_uri: MLflow; default: a SQLite file in the working folder.
         experiment: MLflow experiment.
         resume: go on with the run in `out`.
@@ -86,6 +95,13 @@ class Config:
     keep_checkpoints: int = 3
     log_every: int = 10
     max_failures: int = 3
+    cache_tiles: float = 0.0
+    probe_cells: Path | None = None
+    probe_every: int = 1000
+    stop_on_collapse: bool = False
+    deterministic: bool = False
+    log_tiles: bool = False
+    share_pictures: bool = False
     tracking_uri: str = ""
     experiment: str = "cytoray"
     resume: bool = False
@@ -99,6 +115,7 @@ class Config:
             "checkpoint-every": self.checkpoint_every,
             "keep-checkpoints": self.keep_checkpoints,
             "log-every": self.log_every,
+            "probe-every": self.probe_every,
             "max-readers": 1 if self.max_readers is None else self.max_readers,
         }
         above_zero = {"epochs": self.epochs, "cpus-per-worker": self.cpus_per_worker}
@@ -110,6 +127,8 @@ class Config:
                 if v is not None and v <= 0
             ),
         ]
+        if self.cache_tiles < 0:
+            problems.append(f"--cache-tiles must be 0 or more GB, not {self.cache_tiles:g}")
         if self.workers >= 1 and self.ssl.batch_size % self.workers:
             problems.append(
                 f"a batch of {self.ssl.batch_size} tiles cannot be shared equally by "
@@ -123,22 +142,20 @@ def run(config: Config) -> dict[str, Any]:
     began = time.perf_counter()
     plan = read_plan(config)
     config, ssl, end_epoch = _settle_steps(config, plan)
-    reader = _reader_config(config)
+    reader = _reader_config(config, plan)
     connect(config.address)
     use_gpu, share = _fit_cluster(config)
     if config.dry_run:
-        return _say(config, plan, ssl, share, use_gpu)
+        return say(config, plan, ssl, share, use_gpu)
     folder = RunFolder.open(config.out, "pretrain", to_plain(config), config.resume, _MAY_CHANGE)
     done = folder.read_summary() if folder.resumed else None
     if done is not None:
         summary_table("pretrain: this run is complete", done)
         return done
     tracker = Tracker(config.tracking_uri or None, config.experiment)
+    title = f"pretrain {ssl.method} {ssl.backbone.name}"
     run_id = tracker.start_run(
-        f"pretrain {ssl.method} {ssl.backbone.name}",
-        params=to_plain(config),
-        tags={"cytoray.job": "pretrain"},
-        key=folder.run_id,
+        title, params=to_plain(config), tags={"cytoray.job": "pretrain"}, key=folder.run_id
     )
     settings = LoopSettings(
         ssl=ssl,
@@ -156,10 +173,16 @@ def run(config: Config) -> dict[str, Any]:
         log_every=config.log_every,
         tracking_uri=tracker.uri,
         run_id=run_id,
+        stop_on_collapse=config.stop_on_collapse,
+        deterministic=config.deterministic,
+        log_tiles=config.log_tiles,
+        flops_per_tile=step_costs(ssl, precision="fp32").flops_per_tile,
     )
+    probe = _probe(config, folder)
     with (
-        Progress(f"pretrain {ssl.method} {ssl.backbone.name}") as progress,
+        Progress(title) as progress,
         EventWatch(folder, progress, total_steps=ssl.total_steps),
+        ProbeWatch(folder, probe, probe_log(folder, tracker, run_id)),
     ):
         error = run_training(
             settings,
@@ -168,13 +191,25 @@ def run(config: Config) -> dict[str, Any]:
             max_failures=config.max_failures,
             name=f"pretrain-{folder.run_id[:8]}-{int(time.time())}",
         )
-    tracker.end_run(run_id, "FAILED" if error else "FINISHED")
+    end_tracking(folder, tracker, run_id, failed=bool(error))
     if error:
         raise InputError(
             f"training stopped: {error}; the run is kept in {folder.path}, "
             "run the same command with --resume to go on from its last checkpoint"
         )
-    return _finish(config, folder, tracker, run_id, plan, time.perf_counter() - began)
+    return finish(config, folder, tracker, run_id, plan, time.perf_counter() - began)
+
+
+def _probe(config: Config, folder: RunFolder) -> ProbeSettings | None:
+    if config.probe_cells is None:
+        return None
+    return prepare_probe(
+        config.probe_cells,
+        config.ssl.crops.global_px,
+        folder.path / "pixels",
+        every=config.probe_every,
+        seed=config.ssl.seed,
+    )
 
 
 def read_plan(config: Config) -> ReadPlan:
@@ -227,10 +262,10 @@ def _fit_cluster(config: Config) -> tuple[bool, Share]:
     return use_gpu, share
 
 
-def _reader_config(config: Config) -> TileReaderConfig:
+def _reader_config(config: Config, plan: ReadPlan) -> TileReaderConfig:
     choose("nuclei source", config.nuclei, ("auto", "table", "detect"))
     choose("detector", config.detector, DETECTORS)
-    has_table = _has_nuclei_table(config.index)
+    has_table = has_nuclei_table(config.index)
     if config.nuclei == "table" and not has_table:
         raise InputError(
             f"{config.index} has no nuclei table; run `cytoray index` with a --detector, or use "
@@ -248,119 +283,20 @@ def _reader_config(config: Config) -> TileReaderConfig:
         perturb=config.perturb,
         nuclei_dir=str((config.index / "nuclei").resolve()) if use_table else "",
         detector=config.detector,
+        cache=_tile_cache(config, plan, use_table),
     )
 
 
-def _has_nuclei_table(index: Path) -> bool:
-    batches = iter_slide_table(index / "slides.parquet", ["num_nuclei"])
-    return any(batch.column(0).null_count < batch.num_rows for batch in batches)
-
-
-def _say(
-    config: Config, plan: ReadPlan, ssl: PretrainConfig, share: Share, use_gpu: bool
-) -> dict[str, Any]:
-    epochs = ssl.total_steps * ssl.batch_size / plan.num_tiles
-    summary = {
-        "slides": plan.slides.num_rows,
-        "tiles": plan.num_tiles,
-        "steps": ssl.total_steps,
-        "epochs": round(epochs, 2),
-        "workers": f"{config.workers} x {'GPU' if use_gpu else f'{share.cpus_per_worker:g} CPU'}",
-        "readers": f"{share.min_readers} to {share.max_readers} x {share.cpus_per_reader:g} CPU",
-        "method": f"{ssl.method}, {ssl.backbone.name}",
-        **_costs(config, ssl, use_gpu),
-    }
-    summary_table("pretrain: dry run, nothing was started", summary)
-    return summary
-
-
-def _costs(config: Config, ssl: PretrainConfig, use_gpu: bool) -> dict[str, Any]:
-    """Parameters, work and memory of the run as the dry run prints them."""
-    fp32 = ssl.precision == "fp32" or (ssl.precision == "auto" and not use_gpu)
-    costs = step_costs(ssl, precision="fp32" if fp32 else "bf16")
-    share = ssl.batch_size // config.workers
-    flops = costs.flops_per_tile * ssl.batch_size * ssl.total_steps
-    return {
-        "parameters": f"{costs.num_parameters / 1e6:.1f} M trained, "
-        f"{costs.num_backbone_parameters / 1e6:.1f} M of them the encoder",
-        "work": f"{costs.flops_per_tile / 1e9:.1f} GFLOP a tile, {flops / 1e15:,.3g} PFLOP in all",
-        "memory": f"at least {costs.memory_bytes(share) / 2**30:.1f} GiB a worker with {share} "
-        f"tiles ({costs.state_bytes / 2**30:.1f} GiB of it weights and optimiser)",
-        "hours": f"at least {flops / config.workers / 3.6e18:,.3g} where a worker sustains 1 "
-        "PFLOP/s; `cytoray plan` measures your own",
-    }
-
-
-def _finish(
-    config: Config,
-    folder: RunFolder,
-    tracker: Tracker,
-    run_id: str,
-    plan: ReadPlan,
-    seconds: float,
-) -> dict[str, Any]:
-    found = latest_checkpoint(folder.path / "checkpoints")
-    if found.checkpoint is None:
-        raise InputError(f"training ended without a checkpoint in {folder.path / 'checkpoints'}")
-    encoder = folder.path / "encoder"
-    draft = folder.path / ".encoder.part"
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(found.checkpoint.encoder, draft)
-    replace_folder(draft, encoder)
-    tracker.log_artifacts(run_id, encoder, "encoder")
-    last = {}
-    for event in folder.read_events():
-        if event.get("event") == "step":
-            last = event
-    summary = {
-        "steps": found.checkpoint.step,
-        "loss": last.get("loss"),
-        "tiles_per_s": last.get("tiles_per_s"),
-        "wait_share": last.get("wait_share"),
-        "num_slides": plan.slides.num_rows,
-        "num_quarantined_tiles": _quarantined_tiles(folder.path),
-        "encoder": str(encoder),
-        "mlflow_run_id": run_id,
-        "report": str(folder.report_path),
-        "seconds": round(seconds, 1),
-        "next": f"cytoray embed --index {config.index} --encoder {encoder} --out BAGS",
-    }
-    folder.write_summary(summary)
-    section = pretrain_section(list(folder.read_events()), summary, example_picture(config, plan))
-    write_report(folder.report_path, [section], "Pretraining", str(folder.path))
-    summary_table("pretrain", summary)
-    return summary
-
-
-def example_picture(config: Config, plan: ReadPlan) -> bytes | None:
-    """Some tiles as the model sees them; None without a nuclei table."""
-    if not _has_nuclei_table(config.index):
+def _tile_cache(config: Config, plan: ReadPlan, use_table: bool) -> TileCacheConfig | None:
+    """Tiles of this very index and choice of nuclei; another run on them finds them again."""
+    if not config.cache_tiles:
         return None
-    crops = config.ssl.crops
-    return example_views(
-        plan,
-        config.index,
-        crop_policy(config.ssl),
-        radius_um=config.perturb.radius_um,
-        retain_fraction=config.perturb.retain_fraction,
-        global_px=crops.global_px,
-        local_px=crops.local_px,
-        seed=config.ssl.seed,
-    )
-
-
-def crop_policy(ssl: PretrainConfig) -> CropPolicy:
-    """The method's crop policy with the configured numbers of crops."""
-    return replace(
-        CROP_POLICIES[ssl.method],
-        num_global=ssl.crops.num_global,
-        num_local=ssl.crops.num_local,
-    )
-
-
-def _quarantined_tiles(out: Path) -> int:
-    lines = (line for path in out.glob("quarantine-rank*.jsonl") for line in path.open())
-    return len(set(lines))
+    table = (config.index / "slides.parquet").resolve()
+    stat = table.stat()
+    source = "table" if use_table else config.detector
+    key = cache_key(str(table), stat.st_size, stat.st_mtime_ns, plan_facts(plan), source,
+                    config.splits)  # fmt: skip
+    return TileCacheConfig(max_gb=config.cache_tiles, key=key)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from cytoray.config import to_plain
 from cytoray.mil import MILConfig
 from cytoray.progress import duration, summary_table
 from cytoray.report import write_report
-from cytoray.report.sections import index_section, pretrain_section
+from cytoray.report.pretraining import pretrain_section
+from cytoray.report.sections import index_section
 from cytoray.runs import MAY_CHANGE, RunFolder, read_events
 from cytoray.slides import read_quarantine
 from cytoray.synthetic import SynthConfig
-from pipelines import embed, index, pretrain, synth, tune
+from pipelines import embed, index, pretrain, pretrain_report, synth, tune
 from pipelines.runs import SMOKE
 
 
@@ -150,7 +151,8 @@ def _write_report(
     summary: dict[str, Any],
 ) -> None:
     plan = pretrain.read_plan(pretraining)
-    views = pretrain.example_picture(pretraining, plan)
+    encoder = Path(pretrained["encoder"])
+    pictures = pretrain_report.pictures(pretraining, plan, encoder)
     events = list(read_events(pretraining.out / "events.jsonl"))
     quarantine = read_quarantine(indexed["quarantine"]).num_rows
     overview = {
@@ -171,7 +173,7 @@ def _write_report(
     sections = [
         overview,
         index_section(plan, pretraining.index, indexed),
-        pretrain_section(events, pretrained, views),
+        pretrain_section(events, pretrained, pictures),
         *tune.report_sections(Path(tuned["report"]).parent, embed.index_plan(pretraining.index)),
     ]
     write_report(folder.report_path, sections, "cytoray quickstart", str(folder.path))

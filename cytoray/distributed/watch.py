@@ -75,6 +75,13 @@ class EventWatch:
         elif kind in ("failed", "stopped", "collapse"):
             where = f" at step {event['step']}" if event["step"] >= 0 else ""
             self._progress.note(f"{kind}{where}: {event['error']}")
+        elif kind == "probe_failed":
+            self._progress.note(f"probe of step {event['step']} failed: {event['error']}")
+        elif kind == "probe":
+            self._progress.note(
+                f"probe of step {event['step']}: kNN accuracy "
+                f"{event['probe_knn_accuracy']:.3f}, linear {event['probe_linear_accuracy']:.3f}"
+            )
         elif kind == "step":
             loss = math.nan if event["loss"] is None else event["loss"]  # JSON has no NaN
             self._progress.update(

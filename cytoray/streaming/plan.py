@@ -177,3 +177,9 @@ def _wanted(batch: pa.RecordBatch, splits: Collection[str]) -> pa.RecordBatch:
         named = pa.array(list(splits), pa.string())
         wanted = pc.and_(wanted, pc.is_in(batch.column("split"), value_set=named))
     return batch.filter(wanted)
+
+
+def has_nuclei_table(index: str | os.PathLike[str]) -> bool:
+    """Whether the nuclei of an index's slides were detected when it was made."""
+    batches = iter_slide_table(os.path.join(index, "slides.parquet"), ["num_nuclei"])
+    return any(batch.column(0).null_count < batch.num_rows for batch in batches)

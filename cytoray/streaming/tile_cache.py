@@ -201,4 +201,3 @@ def _sizes(root: Path) -> Iterator[int]:
         for name in names:
             with suppress(FileNotFoundError):
                 yield os.stat(os.path.join(folder, name)).st_size
-

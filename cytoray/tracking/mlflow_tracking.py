@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import shlex
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -227,6 +228,21 @@ class Tracker:
         """Upload every file of a folder, under the rule of `log_artifact`."""
         check_artifacts(Path(folder))
         self._client.log_artifacts(run_id, str(folder), artifact_path)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a file of this machine and no server that others use too."""
+        return sqlite_path(self.uri) is not None
+
+    def log_picture(self, run_id: str, png: bytes, artifact_file: str) -> None:
+        """Store a picture made for the report (never one of a slide's label or macro image).
+
+        It may show slide pixels: ask before sending it to a server.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(artifact_file).name
+            path.write_bytes(png)
+            self._client.log_artifact(run_id, str(path), str(Path(artifact_file).parent))
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Close a run as FINISHED, FAILED or KILLED."""

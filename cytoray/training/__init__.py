@@ -25,6 +25,7 @@ from cytoray.training.engine import PretrainEngine
 from cytoray.training.watch import (
     CollapseLimits,
     CollapseWatch,
+    StepGuard,
     TrainingDiverged,
     check_finite,
     collapse_message,
@@ -46,6 +47,7 @@ __all__ = [
     "PretrainEngine",
     "SRConfig",
     "SkippedCheckpoint",
+    "StepGuard",
     "TrainingDiverged",
     "TwoViewConfig",
     "check_finite",

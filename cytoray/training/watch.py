@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsFloat
+
+import torch
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
     """The loss is no longer finite.
 
     Attributes:
-        step: where it was seen.
+        step: the first that was not.
+        values: what was not finite.
+        tile_ids: of that step's batch, as far as this worker knows them.
     """
 
-    def __init__(self, step: int, values: Mapping[str, float]) -> None:
+    def __init__(
+        self, step: int, values: Mapping[str, float], tile_ids: Sequence[str] = ()
+    ) -> None:
         listed = ", ".join(f"{name} = {value}" for name, value in values.items())
+        some = f"{', '.join(tile_ids[:3])} and {len(tile_ids) - 3} more" if tile_ids else ""
+        some = ", ".join(tile_ids) if 0 < len(tile_ids) <= 3 else some
         super().__init__(
-            f"training diverged at step {step}: {listed}; the weights are those of the last good "
-            "step. Lower optim.lr, lengthen optim.warmup_steps, or use precision fp32"
+            f"training diverged at step {step}: {listed}; no weight was changed by it. "
+            + (f"Its tiles: {some}. " if some else "")
+            + "Lower optim.lr, lengthen optim.warmup_steps, or use precision fp32"
         )
         self.step = step
         self.values = dict(values)
+        self.tile_ids = tuple(tile_ids)
 
     def __reduce__(self):
-        return (TrainingDiverged, (self.step, self.values))
+        return (TrainingDiverged, (self.step, self.values, self.tile_ids))
 
 
 def check_finite(metrics: Mapping[str, SupportsFloat], step: int) -> None:
@@ -34,10 +44,45 @@ def check_finite(metrics: Mapping[str, SupportsFloat], step: int) -> None:
     Raises:
         TrainingDiverged: with the step and the values.
     """
-    watched = {k: float(v) for k, v in metrics.items() if k.startswith(("loss", "grad_norm"))}
-    bad = {k: v for k, v in watched.items() if not math.isfinite(v)}
+    bad = {k: float(v) for k, v in _watched(metrics).items() if not math.isfinite(float(v))}
     if bad:
         raise TrainingDiverged(step, bad)
+
+
+def _watched(metrics: Mapping[str, SupportsFloat]) -> dict[str, SupportsFloat]:
+    return {k: v for k, v in metrics.items() if k.startswith(("loss", "grad_norm"))}
+
+
+class StepGuard:
+    """Finds the step that went wrong though nobody waits for the device at every step."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[int, dict[str, SupportsFloat], Sequence[str]]] = []
+
+    def add(self, step: int, metrics: Mapping[str, SupportsFloat], tile_ids: Sequence[str]) -> None:
+        """Hold the losses and gradient norms of a step, still on the device."""
+        self._held.append((step, _watched(metrics), tile_ids))
+
+    def check(self) -> None:
+        """Look at all steps since the last look; waits for the device once.
+
+        Raises:
+            TrainingDiverged: with the first step that is not finite, its values and tiles.
+        """
+        held, self._held = self._held, []
+        fine = [
+            torch.isfinite(torch.stack([torch.as_tensor(v) for v in watched.values()])).all()
+            for _, watched, _ in held
+            if watched
+        ]
+        if not fine or bool(torch.stack(fine).all()):
+            return
+        for step, watched, tile_ids in held:
+            try:
+                check_finite(watched, step)
+            except TrainingDiverged as error:
+                names = [str(name) for name in tile_ids]
+                raise TrainingDiverged(step, error.values, names) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,9 +133,7 @@ def test_a_full_disk_ends_the_writing_and_nothing_else(tmp_path, monkeypatch, ca
     cache.put(2, pixels, nuclei)
     assert [cache.get(i) is not None for i in range(3)] == [True, False, False]
     assert "No space left on device" in caplog.text
-    never = TileCacheConfig(
-        max_gb=BIG_GB, key="run", folder=str(tmp_path), keep_free_bytes=1 << 60
-    )
+    never = TileCacheConfig(max_gb=BIG_GB, key="run", folder=str(tmp_path), keep_free_bytes=1 << 60)
     careful = TileCache(never)
     careful.put(3, pixels, nuclei)
     assert careful.get(3) is None

@@ -4,7 +4,13 @@ import pickle
 import pytest
 import torch
 
-from cytoray.training import CollapseWatch, TrainingDiverged, check_finite, collapse_message
+from cytoray.training import (
+    CollapseWatch,
+    StepGuard,
+    TrainingDiverged,
+    check_finite,
+    collapse_message,
+)
 
 GOOD = {
     "feature_std": 0.6,
@@ -46,3 +52,15 @@ def test_diverged_says_step_and_value():
         check_finite({"loss": 1.0, "loss_koleo": torch.tensor(math.inf)}, 7)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.step, str(again)) == (7, str(caught.value))
+
+
+def test_the_first_bad_step_is_found_afterwards_with_its_tiles():
+    guard = StepGuard()
+    guard.add(1, {"loss": torch.tensor(1.0), "lr": torch.tensor(math.nan)}, ["a", "b"])
+    guard.check()
+    guard.add(2, {"loss": torch.tensor(1.0)}, ["c"])
+    guard.add(3, {"loss": torch.tensor(2.0), "grad_norm_b": torch.tensor(math.inf)}, list("defgh"))
+    guard.add(4, {"loss": torch.tensor(math.nan)}, ["i"])
+    with pytest.raises(TrainingDiverged, match=r"step 3: grad_norm_b = inf.*d, e, f and 2 more"):
+        guard.check()
+    guard.check()  # what was looked at is not looked at again

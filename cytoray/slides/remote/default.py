@@ -59,7 +59,7 @@ def _folder(named: str) -> Path:
 def _cache(folder: str, size_gb: str) -> SlideCache:
     cache = SlideCache(_folder(folder), 0)
     cached = sum(entry.size_bytes for entry in cache.entries())
-    cache.max_bytes = _max_bytes(size_gb, shutil.disk_usage(place).free + cached)
+    cache.max_bytes = _max_bytes(size_gb, shutil.disk_usage(cache.folder).free + cached)
     return cache
 
 
