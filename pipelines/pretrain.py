@@ -27,7 +27,14 @@ from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig
 from cytoray.training.costs import step_costs
-from pipelines.pretrain_report import crop_policy, end_tracking, finish, probe_log, say
+from pipelines.pretrain_report import (
+    crop_policy,
+    end_tracking,
+    finish,
+    probe_log,
+    say,
+    send_what_is_left,
+)
 
 _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
@@ -150,6 +157,7 @@ def run(config: Config) -> dict[str, Any]:
     folder = RunFolder.open(config.out, "pretrain", to_plain(config), config.resume, _MAY_CHANGE)
     done = folder.read_summary() if folder.resumed else None
     if done is not None:
+        send_what_is_left(config, folder, done["mlflow_run_id"])
         summary_table("pretrain: this run is complete", done)
         return done
     tracker = Tracker(config.tracking_uri or None, config.experiment)
@@ -179,10 +187,11 @@ def run(config: Config) -> dict[str, Any]:
         flops_per_tile=step_costs(ssl, precision="fp32").flops_per_tile,
     )
     probe = _probe(config, folder)
+    probed = max((e["step"] for e in folder.read_events() if e["event"] == "probe"), default=-1)
     with (
         Progress(title) as progress,
         EventWatch(folder, progress, total_steps=ssl.total_steps),
-        ProbeWatch(folder, probe, probe_log(folder, tracker, run_id)),
+        ProbeWatch(folder.path, probe, probe_log(folder, tracker, run_id), last_step=probed),
     ):
         error = run_training(
             settings,

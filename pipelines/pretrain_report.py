@@ -170,12 +170,24 @@ def probe_log(
 def end_tracking(folder: RunFolder, tracker: Tracker, run_id: str, *, failed: bool) -> None:
     """Send the metrics that MLflow has not taken yet, and close the run.
 
-    With the server away both are left for the next `--resume`; the files of the run have it all.
+    With the server away both are left for the next `--resume`; the run's own files have it all.
     """
     with keep_going("send the last metrics"):
         send_pending(tracker.uri, pending_metrics(folder))
     with keep_going("close the run"):
         tracker.end_run(run_id, "FAILED" if failed else "FINISHED")
+
+
+def send_what_is_left(config: Pretrain, folder: RunFolder, run_id: str) -> None:
+    """Of a complete run: what MLflow did not take because it was away."""
+    pending = pending_metrics(folder)
+    if not pending.exists() or not pending.stat().st_size:
+        return
+    try:
+        tracker = Tracker(config.tracking_uri or None, config.experiment)
+    except InputError:  # still away
+        return
+    end_tracking(folder, tracker, run_id, failed=False)
 
 
 def _mean(events: Sequence[Mapping[str, Any]], name: str) -> float | None:

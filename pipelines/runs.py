@@ -50,7 +50,8 @@ SMOKE = Pretrain(
 )
 """DINOv2, ViT-tiny/16 on 96 px crops, a few minutes on two cores. Few prototypes, sharp targets and
 a fast teacher, so that a hundred steps from random weights already teach it something; it shows
-that the chain works and is no foundation model."""
+that the chain works and is no foundation model. 4.7 GFLOP a tile, 15 TFLOP in all; the numbers are
+ours."""
 
 CYTOFM = Pretrain(
     index=tyro.MISSING,
@@ -60,7 +61,7 @@ CYTOFM = Pretrain(
         backbone=BackboneConfig(name="vit_base_patch16_224", drop_path=0.1),
         crops=CropConfig(num_local=10),
         head=HeadConfig(out_dim=8192),
-        loss=LossConfig(mask_ratio_min=0.1, mask_ratio_max=0.5),
+        loss=LossConfig(mask_ratio_min=0.1, mask_ratio_max=0.5, teacher_temp_warmup_steps=15_000),
         optim=OptimConfig(
             lr=2e-3,  # the published 5e-4 x batch / 256
             warmup_steps=5000,
@@ -73,9 +74,13 @@ CYTOFM = Pretrain(
         total_steps=100_000,
     ),
     perturb=PerturbConfig(enabled=False),
+    workers=8,
 )
 """CytoFM (2025): iBOT, ViT-B/16, 2 x 224 and 10 x 96 px crops, shared head of 8192 prototypes,
-moving centre, weight decay 0.04 to 0.4. Batch and steps are iBOT's; the paper gives neither."""
+moving centre, weight decay 0.04 to 0.4, teacher temperature 0.04 to 0.07 over three times the
+warm-up (30 and 10 epochs there; iBOT leaves the class token's at 0.04, ours follows the patches').
+Batch and steps are iBOT's; the paper gives neither. 477 GFLOP a tile, 102 million tiles: 4.9e19
+FLOP, 14 hours at a sustained PFLOP/s; at least 31 GiB a worker."""
 
 CYTOSSL = Pretrain(
     index=tyro.MISSING,
@@ -101,7 +106,8 @@ CYTOSSL = Pretrain(
 )
 """Cyto-SSL (AAAI 2026): DINO, ViT-tiny, Nuclei-Centred Perturbation with r = 50 px at 40x, and the
 SR-Transformer with h = 16; learning rate 5e-4, cosine. Trained there on 2.5 million 40x tiles:
-index with --magnification 40. Batch and steps are not given in the paper."""
+index with --magnification 40. Batch and steps are not given in the paper. 33 GFLOP a tile, 26
+million tiles: 8.5e17 FLOP, a quarter of an hour at a sustained PFLOP/s, hours on one real GPU."""
 
 UNICAS = Pretrain(
     index=tyro.MISSING,
@@ -122,7 +128,8 @@ UNICAS = Pretrain(
 )
 """UniCAS (2025): DINOv2, ViT-L/16, batch 768 on 8 A100, learning rate 3e-4, a million steps, on 80
 million tiles of 48,532 slides: index with --tile-px 256 --magnification 20. About 1,540 GFLOP a
-tile, so 768 million tiles are some 1.2e24 FLOP."""
+tile, so 768 million tiles are some 1.2e21 FLOP: 330 hours at a sustained PFLOP/s. At least 61 GiB
+a worker; `--ssl.checkpoint-blocks` where that is too much."""
 
 CYTOSSL_TABLE1 = Tune(
     bags=tyro.MISSING,

@@ -161,8 +161,13 @@ def indexed(ray_cluster: None, manifest: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def pretrained(indexed: Job, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """`cytoray pretrain`, twelve steps with one worker."""
+def pretrained(
+    indexed: Job,
+    tracking_uri: str,
+    labelled_cells: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Job:
+    """`cytoray pretrain`, twelve steps with one worker, probed on cells."""
     from pipelines import pretrain
 
     out = tmp_path_factory.mktemp("pretrain") / "run"
@@ -173,6 +178,9 @@ def pretrained(indexed: Job, tracking_uri: str, tmp_path_factory: pytest.TempPat
         shuffle_chunks=4,
         checkpoint_every=5,
         log_every=1,
+        log_tiles=True,
+        probe_cells=labelled_cells,
+        probe_every=5,
         tracking_uri=tracking_uri,
     )
     return Job(out, pretrain.run(config))

@@ -187,7 +187,7 @@ class _Worker:
         self.meter.add(batch)
         self.place = place = self.place.after(batch)
         self.log.batch(self.dealer, place.step, batch)
-        self.guard.add(place.step, metrics, batch.columns["tile_id"])
+        self.guard.add(place.step, metrics, batch.columns["tile_id"].tolist())
         if place.step == 1 or place.step % settings.log_every == 0:
             self._check()
             self.log.step(

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -97,14 +98,15 @@ def save_checkpoint(
 
     Raises:
         InputError: the state holds something else than tensors and plain values.
+        CheckpointError: it cannot be written; what was there before is untouched.
     """
     _check_plain(state, "state")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}"
     draft = folder / f".{path.name}.{uuid.uuid4().hex}.part"
-    draft.mkdir()
+    needed = _num_bytes(state) + (_num_bytes(encoder[0]) if encoder else 0)
     try:
+        draft.mkdir(parents=True)
         torch.save(dict(state), draft / STATE_FILE)
         if encoder is not None:
             (draft / ENCODER_FOLDER).mkdir()
@@ -113,9 +115,35 @@ def save_checkpoint(
         marker = {"step": step, "files": files}
         (draft / MARKER_FILE).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
         replace_folder(draft, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError, whatever it is
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {folder}: "
+            f"{_why_not_written(error, folder, needed)}"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return Checkpoint(path, step)
+
+
+def _why_not_written(error: Exception, folder: Path, needed: int) -> str:
+    """A failed write in words, with how to mend it."""
+    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror or error}"
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cause = "the disk is full" if free < 2 * needed else f"a quota or limit is reached ({said})"
+    return f"{cause}; {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free. Make room"
+
+
+def _num_bytes(value: Any) -> int:
+    """Bytes of all tensors in a nested value."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_num_bytes(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_num_bytes(item) for item in value)
+    return 0
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -252,7 +280,7 @@ class BackgroundCheckpointer:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise CheckpointError(f"checkpoint could not be written: {error}") from error
+            raise CheckpointError(str(error)) from error
         return self._written
 
     def close(self) -> None:

@@ -81,8 +81,7 @@ class StepGuard:
             try:
                 check_finite(watched, step)
             except TrainingDiverged as error:
-                names = [str(name) for name in tile_ids]
-                raise TrainingDiverged(step, error.values, names) from None
+                raise TrainingDiverged(step, error.values, tile_ids) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from cytoray.config import from_plain, to_plain
 from cytoray.models.encoder import load_encoder
 from cytoray.runs import read_events
+from cytoray.streaming.ledger import used_tiles
 from cytoray.tracking import Tracker
-from cytoray.training import PretrainEngine
+from cytoray.training import PretrainEngine, load_checkpoint
 from cytoray.training.checkpoint import list_checkpoints
 from pipelines import pretrain
 
@@ -122,6 +123,33 @@ def test_mlflow_has_the_run_its_metrics_and_the_encoder(pretrained, tracking_uri
     assert {f.path for f in client.list_artifacts(run.run_id, "encoder")} == {
         "encoder/encoder.json", "encoder/model.safetensors"
     }  # fmt: skip
+    assert {f.path for f in client.list_artifacts(run.run_id, "pictures")} == {
+        "pictures/attention.png", "pictures/views.png"
+    }  # fmt: skip
+    watched = "lr weight_decay ema grad_norm_backbone teacher_entropy effective_rank wait_share"
+    for name in f"{watched} tiles_per_s tflops loss_koleo".split():
+        assert math.isfinite(run.metrics[name]), name
+
+
+def test_the_encoder_is_probed_on_the_way_and_at_the_end(pretrained, tracking_uri) -> None:
+    """Of the checkpoints of steps 5, 10 and 12 at least the last one is."""
+    probes = events_of(pretrained.out, "probe")
+    assert events_of(pretrained.out, "probe_failed") == []
+    assert {event["step"] for event in probes} <= {5, 10, 12}
+    last = probes[-1]
+    assert last["step"] == 12
+    assert 0 <= last["probe_knn_accuracy"] <= 1
+    assert last["probe_linear_accuracy"] > 0.5  # three classes that differ in colour
+    assert pretrained.summary["probe_linear_accuracy"] == last["probe_linear_accuracy"]
+    run = Tracker(tracking_uri).get_run(pretrained.summary["mlflow_run_id"])
+    assert run.metrics["probe_knn_auc"] == pytest.approx(last["probe_knn_auc"])
+    assert not (pretrained.out / ".probe").exists()
+
+
+def test_the_ledger_names_the_tiles_of_every_step(pretrained) -> None:
+    steps = used_tiles(pretrained.out)
+    assert [len(set(names)) for names in steps] == [8] * 12
+    assert len({name for names in steps for name in names}) == 96
 
 
 def test_a_dry_run_starts_nothing(config, cytoray, tmp_path) -> None:
@@ -129,6 +157,23 @@ def test_a_dry_run_starts_nothing(config, cytoray, tmp_path) -> None:
     assert summary["steps"] == 12
     assert summary["workers"] == "1 x 1 CPU"
     assert not config.out.exists()
+
+
+def test_a_diverged_run_stops_with_step_tiles_and_state(config, cytoray, tmp_path) -> None:
+    optim = replace(tiny_ssl().optim, lr=1e30, warmup_steps=0, freeze_last_layer_steps=0)
+    config = replace(config, ssl=tiny_ssl(optim=optim), log_every=5, log_tiles=True)
+    flags = tmp_path / "config.yaml"
+    flags.write_text(yaml.safe_dump(to_plain(config)))
+    ended = cytoray("pretrain", "--config", flags)
+    assert ended.code == 2
+    assert "training diverged at step" in ended.err
+    assert "Traceback" not in ended.err
+    [stopped] = events_of(config.out, "stopped")
+    assert 1 < stopped["step"] <= 5
+    assert stopped["tile_ids"] == used_tiles(config.out)[stopped["step"] - 1]
+    [kept] = list_checkpoints(config.out / "diverged")
+    assert load_checkpoint(kept)["tile_ids"] == stopped["tile_ids"]
+    assert list_checkpoints(config.out / "checkpoints") == []
 
 
 @pytest.mark.slow
@@ -144,8 +189,8 @@ def test_two_workers_have_the_losses_of_one(config, pretrained) -> None:
 
 @pytest.mark.drill
 def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(config) -> None:
-    """SIGKILL in mid-run; steps done again after the checkpoint have the losses they had."""
-    config = replace(config, ssl=tiny_ssl(total_steps=120), checkpoint_every=10)
+    """SIGKILL in mid-run: it ends with the very bits of a run that was left alone."""
+    config = replace(config, ssl=tiny_ssl(total_steps=120), checkpoint_every=10, deterministic=True)
     killed_at = []
 
     def kill_when_under_way() -> None:
@@ -156,6 +201,7 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(config) -> No
                 os.kill(events_of(config.out, "start")[0]["pid"], signal.SIGKILL)
                 killed_at.append(step)
 
+    whole = replace(config, out=config.out.with_name("unbroken"))
     end = time.monotonic() + 120
     killer = threading.Thread(target=kill_when_under_way, daemon=True)
     killer.start()
@@ -168,6 +214,30 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_by_itself(config) -> No
     assert starts[1]["tiles"] == 8 * starts[1]["step"]
     assert_resumed_exactly(config.out, 120)
     assert summary["steps"] == 120
+    pretrain.run(whole)
+    states = [
+        load_checkpoint(list_checkpoints(run.out / "checkpoints")[0]) for run in (config, whole)
+    ]
+    assert states[0]["place"] == states[1]["place"]
+    for part in ("model", "optimizer", "rng"):
+        left, right = (state["engine"][part] for state in states)
+        assert_same(left, right, part)
+
+
+def assert_same(left, right, where: str) -> None:
+    """Equal to the last bit."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_same(one, other, f"{where}[{index}]")
+    else:
+        assert left == right, where
 
 
 def assert_resumed_exactly(out: Path, total_steps: int) -> None:

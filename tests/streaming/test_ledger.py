@@ -8,9 +8,7 @@ from cytoray.streaming.ledger import ledger_path, ledger_problems, used_tiles
 
 def write(folder, attempt: str, step: int, shares: list[list[str]]) -> None:
     for rank, ids in enumerate(shares):
-        append_event(
-            ledger_path(folder, rank), {"attempt": attempt, "step": step, "tile_ids": ids}
-        )
+        append_event(ledger_path(folder, rank), {"attempt": attempt, "step": step, "tile_ids": ids})
 
 
 def start(folder, attempt: str, step: int, world: int) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +44,7 @@ def test_epochs_from_the_cache_are_those_from_the_slides(
     read_plan, nuclei_dir, tmp_path, table
 ) -> None:
     """Byte for byte: pixels, views, order, names."""
-    source = {"nuclei_dir": nuclei_dir if table else ""}
+    source: dict[str, Any] = {"nuclei_dir": nuclei_dir if table else ""}
     plain = make_reader(read_plan, **source)
     wanted = [read_epoch(plain, epoch) for epoch in (0, 1)]
     reader = make_reader(read_plan, **source, cache=config(tmp_path))

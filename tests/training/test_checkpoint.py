@@ -1,4 +1,5 @@
 import os
+import resource
 import shutil
 import threading
 
@@ -184,6 +185,24 @@ def test_an_error_of_the_writer_surfaces(tmp_path):
     saver.save(2, _state(2))
     saver.close()
     assert latest_checkpoint(tmp_path / "runs").path == tmp_path / "runs" / "step_00000002"
+
+
+def test_a_full_disk_is_said_and_harms_nothing(tmp_path):
+    """A limit on the size of files stands for the disk: the write really breaks off half-way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with BackgroundCheckpointer(tmp_path) as saver:
+        saver.save(1, _state(1))
+        saver.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+        try:
+            saver.save(2, {"w": torch.zeros(1_000_000)})
+            with pytest.raises(CheckpointError, match=r"step 2.*4\.0 MB are needed.*Make room"):
+                saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found = latest_checkpoint(tmp_path, hashes=True)
+    assert found.path == tmp_path / "step_00000001"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_snapshot_shares_nothing():
