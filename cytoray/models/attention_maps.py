@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from cytoray.models.encoder import Encoder
-from cytoray.models.irpe import cached_buckets
+from cytoray.models.irpe import PatchGrids, cached_buckets
 from cytoray.models.sr_attention import sr_attention
-from cytoray.models.sr_transformer import SRAttention
+from cytoray.models.sr_transformer import REPLACEABLE, SRAttention, SRConfig
 
 
 @torch.no_grad()
@@ -28,40 +27,40 @@ def attention_of_images(encoder: Encoder, images: Tensor) -> Tensor | None:
         images: as `Encoder.forward` takes them.
 
     Returns:
-        float (B, h, w), each summing to 1; None for a model without such attention.
+        float (B, h, w), each summing to 1; None for a model without such attention, as a ResNet.
     """
     model = cast(Any, encoder.model)
     blocks = getattr(model, "blocks", None)
     attention = blocks[-1].attn if blocks and hasattr(blocks[-1], "attn") else None
     patch_embed = getattr(model, "patch_embed", None)
-    if not isinstance(attention, Attention | SRAttention) or patch_embed is None:
+    if not isinstance(attention, (*REPLACEABLE, SRAttention)) or patch_embed is None:
         return None
-    seen: list[Tensor] = []
-    hook = attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    hook = attention.register_forward_pre_hook(
+        lambda _, given, named: seen.append((given[0], named.get("rope"))), with_kwargs=True
+    )
     try:
         x = encoder.prepare(images)
         model.forward_features(x)
         grid = patch_embed.dynamic_feat_size(x.shape[-2:])
-        weights = _weights(attention, seen[-1], grid)
+        prefix = int(getattr(model, "num_prefix_tokens", 0))
+        weights = _weights(attention, *seen[-1], grid, prefix)
     finally:
         hook.remove()
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
     row = weights[:, :, 0, prefix:] if prefix else weights.mean(dim=2)
     row = row.mean(dim=1)
     return (row / row.sum(dim=1, keepdim=True)).unflatten(1, tuple(grid))
 
 
-def _weights(attention: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Attention weights (B, H, N, N) of a block for its input (B, N, D)."""
-    parts = cast(Any, attention)
-    if isinstance(attention, SRAttention):
-        q, k, _ = attention._project(x, None)
-        one_hot = torch.eye(x.shape[1], device=x.device, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
-        prefix = attention.grids.num_prefix
-        buckets = cached_buckets(grid, prefix, x.device) if attention.config.irpe else None
-        top_h = attention.config.top_h if attention.config.sparse else None
-        tables = (attention.rel_k, attention.rel_q, None)
-        return sr_attention(q, k, one_hot, *tables, buckets, top_h, attention.scale)
-    qkv = parts.qkv(x).unflatten(-1, (3, parts.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k = parts.q_norm(qkv[0]), parts.k_norm(qkv[1])
-    return (q @ k.transpose(-2, -1) * parts.scale).softmax(dim=-1)
+def _weights(
+    attention: nn.Module, x: Tensor, rope: Tensor | None, grid: tuple[int, int], prefix: int
+) -> Tensor:
+    """Attention weights (B, H, N, N) of a block for its input (B, N, D) and rotary embedding."""
+    if not isinstance(attention, SRAttention):  # with both parts off it is the plain one
+        attention = SRAttention(attention, PatchGrids(prefix), SRConfig())
+    q, k, _ = attention._project(x, rope)
+    one_hot = torch.eye(x.shape[1], device=x.device, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
+    buckets = cached_buckets(grid, prefix, x.device) if attention.config.irpe else None
+    top_h = attention.config.top_h if attention.config.sparse else None
+    tables = (attention.rel_k, attention.rel_q, None)
+    return sr_attention(q, k, one_hot, *tables, buckets, top_h, attention.scale)

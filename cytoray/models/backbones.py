@@ -1,4 +1,4 @@
-"""timm vision transformers as SSL backbones: mask tokens, batch-subset drop path, plain timm keys.
+"""timm models as SSL backbones: mask tokens, batch-subset drop path, LoRA, plain timm keys.
 
 Shapes: B crops, N patches, D width.
 """
@@ -6,22 +6,27 @@ Shapes: B crops, N patches, D width.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import timm
 import torch
+from timm.models.eva import Eva
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cytoray.errors import InputError
+from cytoray.models.architectures import create_model
 from cytoray.models.block_pass import Kept, Sizes, attach, join_groups
 from cytoray.models.drop_path import DropRows
-from cytoray.models.sr_transformer import SR_TABLES, SRConfig, use_sr
+from cytoray.models.lora import add_lora, lora_layers, merge_lora
+from cytoray.models.sr_transformer import SRConfig, use_sr
+from cytoray.models.starting_weights import load_start
+
+if TYPE_CHECKING:
+    from cytoray.models.conv_backbone import ConvBackbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,22 @@ class BackboneFacts:
     patch_px: int
     embed_dim: int
     depth: int
+    is_transformer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAChoice:
+    """Low-rank updates trained in place of the encoder's weights, which stay as they are.
+
+    Attributes:
+        rank: of the updates; 0: train the weights themselves.
+        alpha: scale; an update counts alpha / sqrt(rank).
+        targets: any of `q`, `k`, `v`, `o`, `mlp`.
+    """
+
+    rank: int = 0
+    alpha: float = 1.0
+    targets: tuple[str, ...] = ("q", "v")
 
 
 @dataclass(frozen=True)
@@ -63,55 +84,35 @@ class CropGroup:
     patches: Tensor | None = None
 
 
-def close_names(name: str, valid: Sequence[str]) -> str:
-    """`did you mean a, b?` for the names nearest to `name`, else an empty string."""
-    near = difflib.get_close_matches(name, valid, n=5, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
 @lru_cache(maxsize=64)
 def backbone_facts(
-    name: str, kwargs: tuple[tuple[str, Any], ...] = (), sr: SRConfig | None = None
+    name: str,
+    kwargs: tuple[tuple[str, Any], ...] = (),
+    sr: SRConfig | None = None,
+    img_px: int | None = None,
+    lora: LoRAChoice | None = None,
 ) -> BackboneFacts:
-    """Patch size, width and depth of a timm ViT, from a model without memory (meta device).
+    """Sizes of a backbone, from a model without memory (meta device).
 
     Args:
         name: timm architecture.
         kwargs: sorted (argument, value) pairs of `timm.create_model`.
         sr: SR-attention that it is to have.
+        img_px: side of the crops its position table is made for.
+        lora: low-rank updates that it is to have.
 
     Raises:
-        InputError: unknown name, arguments timm refuses, not a ViT with a class token, or one that
-            cannot have SR-attention.
+        InputError: unknown name, arguments timm refuses, an architecture that cannot be
+            pretrained, or one that cannot have SR-attention or LoRA.
     """
     with torch.device("meta"):
-        vit = _with_sr(_create_vit(name, pretrained=False, kwargs=dict(kwargs)), sr)
-    patch_px = cast(tuple[int, int], vit.patch_embed.patch_size)[0]
-    return BackboneFacts(patch_px=patch_px, embed_dim=vit.embed_dim, depth=len(vit.blocks))
-
-
-def _create_vit(name: str, *, pretrained: bool, kwargs: Mapping[str, Any]) -> VisionTransformer:
-    architecture = name.split(".")[0]
-    if not timm.is_model(architecture):
-        names = timm.list_models("vit_*") + timm.list_models("deit*")
-        raise InputError(f"unknown backbone {name!r}{close_names(architecture, names)}")
-    options = {"dynamic_img_size": True, "num_classes": 0, "global_pool": "token", **kwargs}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
-    except (TypeError, ValueError, AssertionError, OSError, RuntimeError) as error:
-        raise InputError(f"timm cannot build backbone {name!r} with {dict(kwargs)}: {error}") from (
-            error
-        )
-    if not isinstance(model, VisionTransformer) or model.cls_token is None:
-        raise InputError(
-            f"backbone {name!r} is not a timm VisionTransformer with a class token; "
-            "take one of timm.list_models('vit_*')"
-        )
-    return model
-
-
-def _with_sr(vit: VisionTransformer, sr: SRConfig | None) -> VisionTransformer:
-    return vit if sr is None else use_sr(vit, **dataclasses.asdict(sr))
+        made = build_backbone(name, img_px=img_px, kwargs=dict(kwargs), sr=sr, lora=lora)
+    return BackboneFacts(
+        patch_px=made.patch_px,
+        embed_dim=made.embed_dim,
+        depth=made.depth,
+        is_transformer=made.is_transformer,
+    )
 
 
 class ViTBackbone(nn.Module):
@@ -126,6 +127,8 @@ class ViTBackbone(nn.Module):
         compile_backend: compile the blocks with this backend of `torch.compile`; None: do not.
     """
 
+    is_transformer = True
+
     def __init__(self, vit: VisionTransformer, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()
         self.vit = vit
@@ -135,6 +138,19 @@ class ViTBackbone(nn.Module):
         self.compile_backend: str | None = None
         for block in vit.blocks:
             attach(block)
+
+    @property
+    def model(self) -> nn.Module:
+        """The timm model."""
+        return self.vit
+
+    def freeze_patches(self) -> None:
+        """Keep the patch projection as it is."""
+        self.vit.patch_embed.requires_grad_(False)
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """Weights under timm's own keys, low-rank updates added in."""
+        return merge_lora(self.vit) if lora_layers(self.vit) else self.vit.state_dict()
 
     @property
     def embed_dim(self) -> int:
@@ -219,6 +235,9 @@ class ViTBackbone(nn.Module):
         return run(*arguments)
 
 
+Backbone: TypeAlias = "ViTBackbone | ConvBackbone"
+
+
 def _kept_by(drops: Sequence[DropRows | None], index: int) -> tuple[Kept, Kept] | None:
     """What the two branches of a block keep of each group; groups drop all together or not."""
     known = [drop for drop in drops if drop is not None]
@@ -246,37 +265,45 @@ def _joint_selection(
 def build_backbone(
     name: str,
     *,
-    img_px: int,
+    img_px: int | None,
     pretrained: bool = False,
     weights: Mapping[str, Tensor] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     sr: SRConfig | None = None,
+    lora: LoRAChoice | None = None,
     checkpoint_blocks: bool = False,
-) -> ViTBackbone:
+) -> Backbone:
     """Build a backbone; random weights come from torch's global generator.
 
     Args:
-        name: timm architecture, with or without a weight tag.
+        name: timm architecture, with or without a weight tag, or `hf-hub:OWNER/MODEL`.
         img_px: side of the crops for which the position table is made (others are resampled).
         pretrained: load timm's published weights.
-        weights: timm-keyed weights to start from instead; relative position tables that they do
-            not have stay zero.
+        weights: weights to start from instead, see `cytoray.models.starting_weights`; relative
+            position tables that they do not have stay zero.
         kwargs: further arguments of `timm.create_model`.
         sr: SR-attention in place of the plain one.
+        lora: train low-rank updates alone.
         checkpoint_blocks: recompute the blocks in the backward pass.
 
     Raises:
-        InputError: unknown name or arguments, or weights that do not fit.
+        InputError: unknown name or arguments, weights that do not fit, or a part that the
+            architecture cannot have.
     """
-    vit = _create_vit(name, pretrained=pretrained, kwargs={"img_size": img_px, **(kwargs or {})})
-    vit = _with_sr(vit, sr)
+    from cytoray.models.conv_backbone import ConvBackbone
+    from cytoray.models.rotary_backbone import RotaryBackbone
+
+    model = create_model(name, img_px=img_px, pretrained=pretrained, kwargs=kwargs or {})
+    if sr is not None:
+        use_sr(model, **dataclasses.asdict(sr))
     if weights is not None:
-        new_tables = {k: v for k, v in vit.state_dict().items() if k.endswith(SR_TABLES)}
-        try:
-            vit.load_state_dict(new_tables | dict(weights))
-        except RuntimeError as error:
-            raise InputError(f"the weights to start from do not fit {name!r}: {error}") from error
-    return ViTBackbone(vit, checkpoint_blocks=checkpoint_blocks)
+        load_start(model, weights, name)
+    if lora is not None and lora.rank:
+        add_lora(model, lora.rank, lora.targets, lora.alpha, dropout=0.0)
+    kind = RotaryBackbone if isinstance(model, Eva) else ViTBackbone
+    if isinstance(model, ResNet):
+        kind = ConvBackbone
+    return kind(model, checkpoint_blocks=checkpoint_blocks)
 
 
 def default_drop_path(embed_dim: int) -> float:

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cytoray.errors import InputError
-from cytoray.models.backbones import close_names
+from cytoray.models.architectures import close_names
 from cytoray.models.encoder import Encoder, EncoderSpec
 from cytoray.models.sources import HUB, OPEN_CLIP, weights_error
 

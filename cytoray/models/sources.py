@@ -25,12 +25,11 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from cytoray.errors import InputError
-from cytoray.models.backbones import close_names
+from cytoray.models.architectures import HUB, close_names
 from cytoray.models.encoder import SPEC_FILE, Encoder, EncoderSpec
 from cytoray.models.weight_files import first_line, hub_connection, read_weights
 
 RANDOM, OPEN_CLIP, LOCAL_DIR = "random:", "open_clip:", "local-dir:"
-HUB = ("hf-hub:", "hf_hub:")
 
 
 @dataclass(frozen=True, kw_only=True)

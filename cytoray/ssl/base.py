@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cytoray.models.backbones import ViTBackbone
+from cytoray.models.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ class Method(nn.Module, ABC):
         """Update what follows the student, e.g. the teacher by a moving average."""
 
     @abstractmethod
-    def encoder(self) -> ViTBackbone:
+    def encoder(self) -> Backbone:
         """The backbone to publish."""

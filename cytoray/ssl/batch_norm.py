@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cytoray.ssl.collectives import all_sum
+from cytoray.ssl.collectives import all_sum, world_size
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -51,6 +51,55 @@ def batch_norm(x: Tensor, *, eps: float = 1e-5) -> Tensor:
         centred = x - total[:-1] / total[-1]
         variance = sum_over_ranks(centred.square().sum(0)) / total[-1]
         return centred * torch.rsqrt(variance + eps)
+
+
+class RankBatchNorm(nn.BatchNorm2d):
+    """timm's batch norm, over the crops of all ranks while it trains; names and values are kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, D, H, W) to the same; running averages follow the statistics of all ranks."""
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            count = wide.new_full((1,), wide.numel() / wide.shape[1])
+            total = sum_over_ranks(torch.cat([wide.sum((0, 2, 3)), count]))
+            mean = total[:-1] / total[-1]
+            centred = wide - mean[:, None, None]
+            variance = sum_over_ranks(centred.square().sum((0, 2, 3))) / total[-1]
+            self._remember(mean.detach(), variance.detach(), total[-1].detach())
+            factor = self.weight * torch.rsqrt(variance + self.eps)
+            return (centred * factor[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        assert self.momentum is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        self.num_batches_tracked += 1
+
+
+def norm_over_ranks(module: nn.Module) -> None:
+    """Let the batch norm of a ResNet see the crops of all ranks, in place; values are kept."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            made = RankBatchNorm(child.num_features, child.eps, child.momentum, device="meta")
+            made.train(child.training)
+            made.load_state_dict(child.state_dict(), assign=True)
+            setattr(module, name, made)
+        else:
+            norm_over_ranks(child)
+
+
+def as_momentum_network(network: nn.Module) -> None:
+    """Evaluation mode, but batch norm takes the statistics of the batch, as DINO and BYOL do."""
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, RankBatchNorm):
+            module.train()
 
 
 class GlobalBatchNorm(nn.Module):

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cytoray.models.backbones import ViTBackbone, build_backbone, default_drop_path
-from cytoray.models.encoder import read_encoder
+import torch
+
+from cytoray.models.backbones import (
+    Backbone,
+    backbone_facts,
+    build_backbone,
+    default_drop_path,
+)
 from cytoray.models.heads import DINOHead
+from cytoray.models.starting_weights import read_start
+from cytoray.ssl.batch_norm import norm_over_ranks
 from cytoray.ssl.dino_network import DINONetwork, LossSettings
 from cytoray.ssl.masks import MaskPolicy
 from cytoray.ssl.self_distillation import SelfDistillation
@@ -15,25 +23,36 @@ if TYPE_CHECKING:
     from cytoray.training.config import HeadConfig, PretrainConfig
 
 
-def configured_backbone(config: PretrainConfig) -> ViTBackbone:
-    """The student's backbone: random, timm's weights, or those of a saved encoder."""
+def configured_backbone(config: PretrainConfig) -> Backbone:
+    """The student's backbone: random, timm's weights, or those of an encoder or file.
+
+    On the meta device, where there are no values, no weights are read.
+    """
     chosen = config.backbone
-    weights = read_encoder(chosen.init_from)[0] if chosen.init_from else None
-    return build_backbone(
+    has_values = torch.get_default_device().type != "meta"
+    weights = read_start(chosen.init_from) if chosen.init_from and has_values else None
+    backbone = build_backbone(
         chosen.name,
         img_px=config.crops.global_px,
-        pretrained=chosen.pretrained and weights is None,
+        pretrained=chosen.pretrained and not chosen.init_from and has_values,
         weights=weights,
         kwargs=chosen.kwargs,
         sr=chosen.sr,
+        lora=chosen.lora,
         checkpoint_blocks=config.checkpoint_blocks,
     )
+    norm_over_ranks(backbone)
+    return backbone
 
 
 def configured_drop_path(config: PretrainConfig, embed_dim: int) -> float:
-    """The configured drop path, else the one that fits the width."""
-    chosen = config.backbone.drop_path
-    return default_drop_path(embed_dim) if chosen is None else chosen
+    """The configured drop path, else the one that fits the width; 0 for a ResNet or LoRA."""
+    chosen = config.backbone
+    if chosen.drop_path is not None:
+        return chosen.drop_path
+    facts = backbone_facts(chosen.name, tuple(sorted(chosen.kwargs.items())))
+    plain = chosen.lora.rank or not facts.is_transformer
+    return 0.0 if plain else default_drop_path(embed_dim)
 
 
 def configured_head(config: HeadConfig, embed_dim: int) -> DINOHead:

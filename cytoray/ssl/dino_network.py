@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from cytoray.models.backbones import ViTBackbone
+from cytoray.models.backbones import Backbone
 from cytoray.models.heads import DINOHead
 from cytoray.ssl.masks import MaskPolicy
 
@@ -31,9 +31,7 @@ class LossSettings:
 class DINONetwork(nn.Module):
     """Backbone and heads of the student or the teacher; `patch_head` None: shared with `cls`."""
 
-    def __init__(
-        self, backbone: ViTBackbone, cls_head: DINOHead, patch_head: DINOHead | None
-    ) -> None:
+    def __init__(self, backbone: Backbone, cls_head: DINOHead, patch_head: DINOHead | None) -> None:
         super().__init__()
         self.backbone = backbone
         self.cls_head = cls_head

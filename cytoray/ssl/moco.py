@@ -118,7 +118,7 @@ def build_moco(config: PretrainConfig) -> MoCo:
         return QueueMoCo(network, queue_size=chosen.queue_size, out_dim=out, **options)
     from_scratch = not (config.backbone.pretrained or config.backbone.init_from)
     if chosen.freeze_patch_embed and from_scratch:
-        backbone.vit.patch_embed.requires_grad_(False)
+        backbone.freeze_patches()
     projector = projection_mlp([width, hidden, hidden, out], last_norm=True)
     predictor = projection_mlp([out, hidden, out], last_norm=True)
     return MoCo(TwoViewNetwork(backbone, projector, predictor), **options)

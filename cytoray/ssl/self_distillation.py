@@ -6,7 +6,6 @@ patches of a micro-batch. Crops are numbered tile by tile: crop = tile * G + vie
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cytoray.models.backbones import CropGroup, ViTBackbone
+from cytoray.models.backbones import Backbone, CropGroup
 from cytoray.models.drop_path import DropRows
 from cytoray.models.transfer import to_device
 from cytoray.ssl.base import Method, MicroBatch
+from cytoray.ssl.batch_norm import as_momentum_network
 from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import all_sum, gather_rows
 from cytoray.ssl.dino_network import DINONetwork, LossSettings
 from cytoray.ssl.losses import build_targets, dino_loss, ibot_loss, koleo_loss
 from cytoray.ssl.masks import MaskedPatches
 from cytoray.ssl.monitor import effective_rank, entropy, feature_std
-from cytoray.ssl.moving_average import follow
+from cytoray.ssl.moving_average import follow, momentum_copy
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SelfDistillation(Method):
     ) -> None:
         super().__init__()
         self.student = network
-        self.teacher = copy.deepcopy(network).requires_grad_(False).eval()
+        self.teacher = momentum_copy(network)
         self.settings = settings
         self.entropy_bound = math.log(out_dim)
         rules = ChoiceRules(
@@ -107,7 +107,7 @@ class SelfDistillation(Method):
     def train(self, mode: bool = True) -> SelfDistillation:
         """As `nn.Module.train`, but the teacher stays in eval mode."""
         super().train(mode)
-        self.teacher.eval()
+        as_momentum_network(self.teacher)
         return self
 
     def begin(self, batches: Sequence[MicroBatch], scale: float) -> list[_Known]:
@@ -278,7 +278,7 @@ class SelfDistillation(Method):
         """teacher = momentum * teacher + (1 - momentum) * student."""
         follow(self.teacher, self.student, momentum)
 
-    def encoder(self) -> ViTBackbone:
+    def encoder(self) -> Backbone:
         """The teacher's backbone."""
         return self.teacher.backbone
 

@@ -6,7 +6,6 @@ Shapes: b tiles of this rank, B of all ranks, D width of the backbone, P width o
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cytoray.models.backbones import ViTBackbone
+from cytoray.models.backbones import Backbone
 from cytoray.models.drop_path import DropRows
 from cytoray.ssl.base import Method, MicroBatch, StepContext
+from cytoray.ssl.batch_norm import as_momentum_network
 from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import gather_rows
 from cytoray.ssl.monitor import effective_rank, feature_std
-from cytoray.ssl.moving_average import follow
+from cytoray.ssl.moving_average import follow, momentum_copy
 
 if TYPE_CHECKING:
     from cytoray.training.config import PretrainConfig
@@ -106,7 +106,7 @@ class TwoViewNetwork(nn.Module):
     """Backbone, projector and, for the side that is trained, perhaps a predictor."""
 
     def __init__(
-        self, backbone: ViTBackbone, projector: nn.Module, predictor: nn.Module | None = None
+        self, backbone: Backbone, projector: nn.Module, predictor: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -142,14 +142,13 @@ class TwoViewMethod(Method):
         network.backbone.mask_token.requires_grad_(False)
         self.teacher = None
         if with_teacher:
-            copied = TwoViewNetwork(*copy.deepcopy((network.backbone, network.projector)))
-            self.teacher = copied.requires_grad_(False).eval()
+            self.teacher = momentum_copy(TwoViewNetwork(network.backbone, network.projector))
 
     def train(self, mode: bool = True) -> TwoViewMethod:
         """As `nn.Module.train`, but the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
-            self.teacher.eval()
+            as_momentum_network(self.teacher)
         return self
 
     def begin(self, batches: Sequence[MicroBatch], scale: float) -> list[_Known]:
@@ -279,6 +278,6 @@ class TwoViewMethod(Method):
             follow(self.teacher.backbone, self.student.backbone, momentum)
             follow(self.teacher.projector, self.student.projector, momentum)
 
-    def encoder(self) -> ViTBackbone:
+    def encoder(self) -> Backbone:
         """The trained side's backbone, as the papers evaluate it."""
         return self.student.backbone

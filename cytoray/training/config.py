@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-import timm.models
-
 from cytoray.errors import InputError, raise_problems
-from cytoray.models.backbones import backbone_facts
+from cytoray.models.architectures import published_normalisation, resolve_name, timm_options
+from cytoray.models.backbones import BackboneFacts, LoRAChoice, backbone_facts
 from cytoray.models.encoder import EncoderSpec, read_encoder
 from cytoray.models.sr_transformer import SRConfig
 from cytoray.ssl.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -24,13 +24,17 @@ class BackboneConfig:
     """The encoder under training.
 
     Attributes:
-        name: a timm VisionTransformer (`timm.list_models("vit_*")`), with a class token.
+        name: a timm ViT with a class token (`vit_*`, `deit*`), a DINOv3 or EVA ViT
+            (`vit_*_dinov3`), a ResNet (`resnet50`), or `hf-hub:OWNER/MODEL` of one.
         pretrained: start from timm's published weights.
-        init_from: folder of a saved encoder to start from (overrides `pretrained`).
+        init_from: weights to start from (overrides `pretrained`): folder of a saved encoder,
+            `.safetensors` file, or PyTorch file without code in it. Position tables are resampled.
         drop_path: share of the crops each residual branch skips (batch-subset form);
             None: 0.3 for a width of 1024 or more, 0.1 for 768 or more, else 0.
         kwargs: further arguments of `timm.create_model`, e.g. `init_values`.
         sr: the SR-Transformer's sparse attention and relative positions, each on or off.
+        lora: train low-rank updates of the given weights alone (GigaPath-class encoders); the
+            encoder that is exported has them added in.
     """
 
     name: str = "vit_tiny_patch16_224"
@@ -39,6 +43,7 @@ class BackboneConfig:
     drop_path: float | None = None
     kwargs: dict[str, BackboneOption] = field(default_factory=dict)
     sr: SRConfig = field(default_factory=SRConfig)
+    lora: LoRAChoice = field(default_factory=LoRAChoice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +163,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         problems = [
             *_method_problems(self),
-            *_crop_problems(self),
+            *_backbone_problems(self),
             *_range_problems(self),
             *_optim_problems(self),
             *two_view_problems(self),
@@ -171,13 +176,13 @@ def normalisation(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and std of the crops: those of the weights one starts from, else ImageNet's."""
     backbone = config.backbone
-    if backbone.init_from:
+    if backbone.init_from and Path(backbone.init_from).expanduser().is_dir():
         spec = read_encoder(backbone.init_from)[1]
         return spec.mean, spec.std
-    if backbone.pretrained:
-        published = timm.models.get_pretrained_cfg(backbone.name)
+    if backbone.pretrained or backbone.init_from:
+        published = published_normalisation(backbone.name)
         if published is not None:
-            return _triple(published.mean), _triple(published.std)
+            return _triple(published[0]), _triple(published[1])
     return _triple(IMAGENET_MEAN), _triple(IMAGENET_STD)
 
 
@@ -188,21 +193,22 @@ def encoder_spec(config: PretrainConfig, *, mpp: float | None = None) -> Encoder
         config: the run.
         mpp: resolution of the training tiles, um/px.
     """
-    fixed = {"img_size": config.crops.global_px, "global_pool": "token"}
-    options = fixed | config.backbone.kwargs
-    facts = backbone_facts(config.backbone.name, tuple(sorted(options.items())))
+    architecture, own = resolve_name(config.backbone.name)
+    fixed = timm_options(architecture, config.crops.global_px)
+    options = dict(own) | fixed | config.backbone.kwargs
+    facts = backbone_facts(config.backbone.name, tuple(sorted(config.backbone.kwargs.items())))
     mean, std = normalisation(config)
     return EncoderSpec(
-        architecture=config.backbone.name.split(".")[0],
+        architecture=architecture.split(".")[0],
         img_px=config.crops.global_px,
         mpp=mpp,
         mean=mean,
         std=std,
-        patch_px=facts.patch_px,
+        patch_px=facts.patch_px if facts.is_transformer else 0,
         embed_dim=facts.embed_dim,
-        pooling="cls",
+        pooling="cls" if facts.is_transformer else "model",
         kwargs=options,
-        sr=config.backbone.sr if config.backbone.sr.is_on else None,
+        sr=replace(config.backbone.sr, form="auto") if config.backbone.sr.is_on else None,
         source={"method": config.method},
     )
 
@@ -227,30 +233,73 @@ def _method_problems(config: PretrainConfig) -> list[str]:
     return problems
 
 
-def _crop_problems(config: PretrainConfig) -> list[str]:
+def _backbone_problems(config: PretrainConfig) -> list[str]:
     crops, backbone = config.crops, config.backbone
     problems = []
     if crops.num_global < 1 or crops.num_local < 0:
         problems.append("crops.num_global must be at least 1 and crops.num_local at least 0")
     if crops.num_global * (crops.num_global - 1 + crops.num_local) < 1:
         problems.append("one global and no local crop make no pair; set crops.num_global to 2")
+    if backbone.lora.rank and not (backbone.pretrained or backbone.init_from):
+        problems.append(
+            "backbone.lora adapts weights that are there: set backbone.pretrained or init_from"
+        )
     try:
-        options = {"img_size": crops.global_px, **backbone.kwargs}
-        facts = backbone_facts(backbone.name, tuple(sorted(options.items())), backbone.sr)
+        options = tuple(sorted(backbone.kwargs.items()))
+        facts = backbone_facts(backbone.name, options, backbone.sr, crops.global_px, backbone.lora)
     except InputError as error:
         return [*problems, str(error)]
+    problems += _size_problems(crops, facts)
+    if backbone.lora.rank and config.sharding == "fsdp":
+        problems.append("with backbone.lora there is little to shard; set sharding to ddp")
+    return problems if facts.is_transformer else [*problems, *_resnet_problems(config)]
+
+
+def _size_problems(crops: CropConfig, facts: BackboneFacts) -> list[str]:
     sizes = {"global_px": crops.global_px}
     if crops.num_local:
         sizes["local_px"] = crops.local_px
+    problems = []
     for name, size_px in sizes.items():
         patch_px = facts.patch_px
+        if not facts.is_transformer and size_px >= patch_px:
+            continue  # a convolution takes any size
         if size_px < patch_px or size_px % patch_px:
             below = max(size_px // patch_px, 1) * patch_px
             problems.append(
                 f"crops.{name} {size_px} is not a multiple of the patch of {patch_px} px; "
                 f"take {below} or {below + patch_px}"
+                if facts.is_transformer
+                else f"crops.{name} {size_px} is smaller than a place of the last map of a "
+                f"ResNet, {patch_px} px"
             )
     return problems
+
+
+def _resnet_problems(config: PretrainConfig) -> list[str]:
+    """What a backbone without tokens cannot do."""
+    name, masks = config.backbone.name, config.loss.ibot_weight
+    checks = [
+        (
+            config.method not in ("dinov2", "ibot") and not masks,
+            f"{config.method} hides patches from the backbone, and {name} has none: take a ViT, "
+            "or one of the methods byol, dino, moco, simclr",
+        ),
+        (
+            not config.backbone.drop_path,
+            f"backbone.drop_path is for transformer blocks; leave it out with {name}",
+        ),
+        (
+            config.accumulate == 1,
+            f"accumulate must be 1 with {name}: its batch norm sees the batch as a whole",
+        ),
+        (config.sharding != "fsdp", f"sharding fsdp cuts transformer blocks; {name} takes ddp"),
+        (
+            not config.checkpoint_blocks,
+            f"checkpoint_blocks would run the batch norm of {name} twice a step; leave it off",
+        ),
+    ]
+    return [message for fine, message in checks if not fine]
 
 
 def _range_problems(config: PretrainConfig) -> list[str]:

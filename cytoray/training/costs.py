@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from cytoray.models.backbones import ViTBackbone
+from cytoray.models.backbones import Backbone
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig
 
@@ -83,19 +83,19 @@ def step_costs(config: PretrainConfig, *, precision: str = "bf16") -> StepCosts:
     """
     with torch.device("meta"):
         method = METHODS[config.method](config)
+    held = sum(p.numel() for p in method.parameters())  # a base below LoRA counts once
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")
         trained = sum(p.numel() for p in method.student.parameters() if p.requires_grad)
-        held = sum(p.numel() for p in method.parameters())
         student = cast(Any, method.student)
-        backbone = cast(ViTBackbone, student.backbone)
+        backbone = cast(Backbone, student.backbone)
         student_flops, kept = _crop_passes(config, student, backbone, precision, train=True)
         teacher_flops = 0
         if held > trained + _frozen(method.student):
             teacher_flops, _ = _crop_passes(config, student, backbone, precision, train=False)
     return StepCosts(
         num_parameters=trained,
-        num_backbone_parameters=sum(p.numel() for p in backbone.vit.parameters()),
+        num_backbone_parameters=sum(p.numel() for p in backbone.model.parameters()),
         flops_per_tile=_TRAINING_PASSES * student_flops + teacher_flops,
         state_bytes=_FP32_BYTES * (held + (1 + _ADAM_STATES) * trained),
         activation_bytes_per_tile=kept,
@@ -107,7 +107,7 @@ def _frozen(module: nn.Module) -> int:
 
 
 def _crop_passes(
-    config: PretrainConfig, student: Any, backbone: ViTBackbone, precision: str, *, train: bool
+    config: PretrainConfig, student: Any, backbone: Backbone, precision: str, *, train: bool
 ) -> tuple[int, int]:
     """FLOPs forward, and bytes kept for the backward pass, of all crops of one tile.
 
@@ -139,7 +139,7 @@ def _takes(head: nn.Module, width: int) -> bool:
     return first is not None and first.in_features == width
 
 
-def _patch_head_flops(config: PretrainConfig, student: Any, backbone: ViTBackbone) -> int:
+def _patch_head_flops(config: PretrainConfig, student: Any, backbone: Backbone) -> int:
     """FLOPs of projecting the masked patches of one tile, of a method that masks."""
     head = getattr(student, "cls_head", None)
     if head is None or not _masks(config):

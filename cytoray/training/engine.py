@@ -18,7 +18,7 @@ from cytoray.errors import InputError
 from cytoray.models.transfer import to_device
 from cytoray.perturb.views import VIEW_COLUMN
 from cytoray.ssl.augment import render_views
-from cytoray.ssl.base import Crops, MicroBatch, StepContext
+from cytoray.ssl.base import Crops, Method, MicroBatch, StepContext
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig, normalisation
 from cytoray.training.devices import resolve_precision, set_block_passes
@@ -82,7 +82,7 @@ class PretrainEngine:
             self.method, self.device, pack_crops=config.pack_crops, compiled=config.compile
         )
         self.sharding = resolve_sharding(
-            config.sharding, world_size=world_size, embed_dim=self.method.encoder().embed_dim
+            config.sharding, world_size=world_size, embed_dim=_sharded_width(config, self.method)
         )
         self._model = share_method(
             self.method, self.sharding, device=self.device, bf16=self.precision == "bf16"
@@ -270,7 +270,13 @@ class PretrainEngine:
 
         Under `fsdp` all ranks must call it; rank 0 alone gets the tensors.
         """
-        return gathered(self.method.encoder().vit.state_dict(), keep=self.rank == 0)
+        return gathered(self.method.encoder().encoder_weights(), keep=self.rank == 0)
+
+
+def _sharded_width(config: PretrainConfig, method: Method) -> int:
+    """Width that tells whether sharding pays: 0 for a ResNet, and for a base shared by LoRA."""
+    encoder = method.encoder()
+    return encoder.embed_dim if encoder.is_transformer and not config.backbone.lora.rank else 0
 
 
 def _check_world(rank: int, world_size: int) -> None:

@@ -16,7 +16,8 @@ from cytoray.ssl.moving_average import local_part
 from cytoray.training.schedules import StepValues
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_EMBEDDING = ("patch_embed", "pos_embed", "cls_token", "reg_token", "mask_token")
+_STAGE = re.compile(r"(?:^|\.)net\.layer(\d+)\.")  # of a ResNet
+_EMBEDDING = ("patch_embed", "pos_embed", "cls_token", "reg_token", "mask_token", "net")
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -24,6 +25,9 @@ def layer_of(name: str, depth: int) -> int:
     found = _BLOCK.search(name)
     if found:
         return int(found.group(1)) + 1
+    stage = _STAGE.search(name)
+    if stage:
+        return int(stage.group(1))
     if any(part in _EMBEDDING for part in name.split(".")):
         return 0
     return depth + 1
@@ -32,7 +36,7 @@ def layer_of(name: str, depth: int) -> int:
 def decays(name: str) -> bool:
     """Whether weight decay applies: not to biases, norms and LayerScale gammas."""
     *parents, leaf = name.split(".")
-    if leaf in ("bias", "gamma") or leaf.endswith("_bias"):
+    if leaf in ("bias", "gamma", "gamma_1", "gamma_2") or leaf.endswith("_bias"):
         return False
     return not any("norm" in parent or parent in ("ls1", "ls2") for parent in parents)
 
@@ -52,13 +56,17 @@ def parameter_groups(
         Groups with `params`, `lr_mult`, `wd_mult`, `last_layer` for AdamW, in a fixed order.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
+    undecayed = {
+        f"{name}.weight" for name, m in student.named_modules() if isinstance(m, nn.BatchNorm2d)
+    }
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
         lr_mult = layer_decay ** (depth + 1 - layer_of(name, depth))
         if "patch_embed" in name:
             lr_mult *= patch_embed_lr_mult
-        key = (lr_mult, float(decays(name)), "last_layer" in name)
+        decay = decays(name) and name not in undecayed
+        key = (lr_mult, float(decay), "last_layer" in name)
         groups[key].append(parameter)
     return [
         {"params": parameters, "lr_mult": lr, "wd_mult": wd, "last_layer": last}

@@ -14,8 +14,11 @@ def pixels() -> torch.Tensor:
     return torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=generator)
 
 
-def test_it_is_the_softmax_of_the_last_block() -> None:
-    encoder = load_encoder("random:vit_tiny_patch16_224", kwargs=KWARGS)
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+)
+def test_it_is_the_softmax_of_the_last_block(name: str) -> None:
+    encoder = load_encoder(f"random:{name}", kwargs=KWARGS)
     encoder.model.blocks[-1].attn.fused_attn = False  # type: ignore[union-attr,index]
     seen = []
     drop = encoder.model.blocks[-1].attn.attn_drop  # type: ignore[union-attr,index]
@@ -23,7 +26,8 @@ def test_it_is_the_softmax_of_the_last_block() -> None:
     maps = attention_of_images(encoder, pixels())
     assert maps is not None
     assert maps.shape == (3, 4, 4)
-    row = seen[0][:, :, 0, 1:].mean(1)
+    prefix = int(encoder.model.num_prefix_tokens)  # type: ignore[arg-type]
+    row = seen[0][:, :, 0, prefix:].mean(1)
     expected = (row / row.sum(1, keepdim=True)).reshape(3, 4, 4)
     torch.testing.assert_close(maps, expected)
     torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3))

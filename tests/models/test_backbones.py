@@ -127,7 +127,7 @@ def test_facts_need_no_weights():
     ("name", "kwargs", "words"),
     [
         ("vit_tinny_patch16_224", {}, "did you mean vit_tiny_patch16_224"),
-        ("resnet50", {}, "not a timm VisionTransformer|cannot build"),
+        ("swin_tiny_patch4_window7_224", {}, "cannot build|none of the families"),
         ("vit_base_patch16_siglip_224", {}, "class token|cannot build"),
         ("vit_tiny_patch16_224", {"widht": 3}, "widht"),
     ],

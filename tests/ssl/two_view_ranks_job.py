@@ -1,6 +1,7 @@
 """What one rank computes for `test_two_view_ranks.py`; run as `... RANK WORLD STORE OUT`."""
 
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ def configs() -> dict[str, PretrainConfig]:
     chosen = {"simclr": small, "moco": small, "byol": small, "moco queue": queue}
     chosen |= {"moco parts": small}
     sr = SRConfig(sparse=True, irpe=True, top_h=3)
-    return {
+    made = {
         name: PretrainConfig(
             method=name.split()[0],
             two_views=two_views,
@@ -46,6 +47,8 @@ def configs() -> dict[str, PretrainConfig]:
         )
         for name, two_views in chosen.items()
     }
+    resnet = replace(made["byol"], backbone=BackboneConfig(name="resnet10t"))
+    return made | {"byol resnet": resnet}
 
 
 def run_engine(config: PretrainConfig, rank: int, world: int) -> dict:

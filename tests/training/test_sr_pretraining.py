@@ -92,7 +92,7 @@ def test_encoder_folder_says_that_it_has_sr(tmp_path):
         torch.testing.assert_close(encoder(images), expected.detach())
 
     plain = json.loads((folder / "encoder.json").read_text())
-    assert plain["sr"] == {"sparse": True, "irpe": True, "top_h": 3, "per_head": False}
+    assert plain["sr"] == dataclasses.asdict(SR)
     vit = timm.create_model(plain["architecture"], num_classes=0, **plain["kwargs"])
     vit = use_sr(vit, **plain["sr"]).eval()
     vit.load_state_dict(load_file(folder / "model.safetensors"))
