@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from timm.models.eva import Eva
-from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -300,9 +299,9 @@ def build_backbone(
         load_start(model, weights, name)
     if lora is not None and lora.rank:
         add_lora(model, lora.rank, lora.targets, lora.alpha, dropout=0.0)
-    kind = RotaryBackbone if isinstance(model, Eva) else ViTBackbone
-    if isinstance(model, ResNet):
-        kind = ConvBackbone
+    kind: Any = ViTBackbone
+    if not isinstance(model, VisionTransformer):
+        kind = RotaryBackbone if isinstance(model, Eva) else ConvBackbone
     return kind(model, checkpoint_blocks=checkpoint_blocks)
 
 
