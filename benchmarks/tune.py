@@ -1,14 +1,17 @@
 """A grid of 24 MIL trials on the cluster against the same trials one after another.
 
-    python -m benchmarks.tune [--slides 96] [--epochs 20] [--rounds 3] [--cpus 2] [--threads 0]
+    python -m benchmarks.tune [--slides 48] [--epochs 20] [--rounds 1] [--cpus 2]
     python -m benchmarks.tune --kill-drill [--seed 0]
 
-Three aggregators x four learning rates x two weight decays on the same features, held in memory.
-`serial` is plain Python: `train_frozen` for one trial after another, with `--threads` threads, or
-with one or all, whichever is faster on a few trials. `grid` is what `cytoray tune` does for them on
-a running Ray: features into the object store, actors, trials, heads and results on disk, MLflow
-runs. Rounds are interleaved, figures are medians. `trial_overhead_s` is what a trial costs an actor
-beyond its training: (grid seconds x actors - seconds spent in trials) / trials.
+Three aggregators x four learning rates x two weight decays on the same features, held in memory:
+bags of 100 to 1,000 instances x 384. `grid` is what `cytoray tune` does for them on a running Ray:
+features into the object store, actors, trials, heads and results on disk, MLflow runs. `serial` is
+plain Python, `train_frozen` for one trial after another: `vs_serial` with one thread, which is what
+a trial of the grid has, and `vs_serial_all_threads` with as many threads as the grid has cores. The
+second is estimated: one trial of each aggregator is timed with one thread and with all, in turn,
+and the serial seconds are divided by what the threads gain. `trial_overhead_s` is what a trial
+costs an actor beyond its training: (grid seconds x actors - seconds spent in trials) / trials.
+Several rounds are interleaved and their medians taken.
 
 The kill drill starts `cytoray tune` on a 24-trial grid, kills the driver at a random moment, starts
 it again with `--resume`, and checks that no finished trial ran again and that MLflow has one run
@@ -49,7 +52,7 @@ from cytoray.tracking import ChildRun, ChildRuns, Tracker
 
 WIDTH, SMALLEST, LARGEST = 384, 100, 1_000
 AXES = {
-    "aggregator": ("abmil", "clam", "mean"),
+    "aggregator": ("clam", "abmil", "dsmil"),
     "lr": (1e-3, 5e-4, 2e-4, 1e-4),
     "weight_decay": (1e-4, 1e-2),
 }
@@ -118,22 +121,22 @@ def on_cluster(
     return seconds, sum(result["seconds"] for result in results)
 
 
-def faster_threads(configs: list[MILConfig], *data: Any) -> int:
-    """One thread or all: what plain Python is faster with, on a few trials."""
-    few, seconds = configs[:: max(1, len(configs) // 3)][:3], {}
-    for threads in sorted({1, len(os.sched_getaffinity(0))}):
-        torch.set_num_threads(threads)
-        serial(few[:1], *data)
-        seconds[threads] = serial(few, *data)
-    print("plain Python, seconds of three trials by threads:", seconds)
-    return min(seconds, key=lambda threads: seconds[threads])
+def thread_gain(configs: list[MILConfig], threads: int, *data: Any) -> float:
+    """How much faster plain Python is with so many threads than with one."""
+    few = list({config.aggregator: config for config in configs}.values())
+    seconds = {1: 0.0, threads: 0.0}
+    for config in few:
+        for count in seconds:
+            torch.set_num_threads(count)
+            seconds[count] += serial([config], *data)
+    return seconds[1] / seconds[threads]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Interleaved rounds of both."""
     configs = configs_of(grid(AXES), MILConfig(epochs=arguments.epochs, patience=0))
     data = make_cohort(arguments.slides)
-    threads = arguments.threads or faster_threads(configs, *data)
+    gain = thread_gain(configs, arguments.cpus, *data)
     began = time.perf_counter()
     connect(None, num_cpus=arguments.cpus)
     start_s = time.perf_counter() - began
@@ -141,24 +144,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     for _ in range(arguments.rounds):
         folder = Path(tempfile.mkdtemp(prefix="cytoray-tune-"))
         grid_s, inside_s = on_cluster(configs, *data, folder)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         serial_s = serial(configs, *data)
         shutil.rmtree(folder)
         slots = min(arguments.cpus, len(configs))
         overhead_s = (grid_s * slots - inside_s) / len(configs)
-        rounds.append((serial_s / grid_s, overhead_s, serial_s, grid_s, inside_s / len(configs)))
+        rounds.append((serial_s / grid_s, serial_s / gain / grid_s, overhead_s, serial_s, grid_s,
+                       inside_s / len(configs)))  # fmt: skip
         print(
             f"serial {serial_s:.1f} s, grid {grid_s:.1f} s ({rounds[-1][0]:.2f}x), a trial "
-            f"{rounds[-1][4]:.2f} s, overhead {overhead_s:.2f} s",
+            f"{rounds[-1][-1]:.2f} s, overhead {overhead_s:.2f} s",
             flush=True,
         )
     ray.shutdown()
-    names = ("vs_serial", "trial_overhead_s", "serial_s", "grid_s", "trial_s")
+    names = ("vs_serial", "vs_serial_all_threads", "trial_overhead_s", "serial_s", "grid_s",
+             "trial_s")  # fmt: skip
     medians = {
         name: round(statistics.median(column), 3)
         for name, column in zip(names, zip(*rounds, strict=True), strict=True)
     }
-    return medians | {"ray_start_s": round(start_s, 2), "serial_threads": threads,
+    return medians | {"ray_start_s": round(start_s, 2), "thread_gain": round(gain, 2),
                       "trials": len(configs)}  # fmt: skip
 
 
@@ -226,11 +231,10 @@ def kill_drill(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--slides", type=int, default=96)
+    parser.add_argument("--slides", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=0, help="of plain Python; 0: the faster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-drill", action="store_true")
     arguments = parser.parse_args()
