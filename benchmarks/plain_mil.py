@@ -37,8 +37,10 @@ def plain_mean(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_max(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Max pooling."""
-    logits = model.classifier(bag.amax(dim=0))
+    """Max pooling, and the share of the maxima that each instance holds."""
+    values, holders = bag.max(dim=0)
+    torch.bincount(holders, minlength=len(bag))
+    logits = model.classifier(values)
     return logits, cross_entropy(logits, label)
 
 

@@ -96,7 +96,9 @@ class ABMIL(Aggregator):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(in_dim, num_classes)
-        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)
+        )
         self.attention = AttentionScorer(hidden_dim, attention_dim, gated=gated, dropout=dropout)
         self.classifier = nn.Linear(hidden_dim, self.num_logits)
 

@@ -95,7 +95,9 @@ class CLAM(Aggregator):
             choose("instance loss", instance_loss, INSTANCE_LOSSES)
         ]
         branches = self.num_branches or self.num_classes
-        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)
+        )
         self.attention = AttentionScorer(hidden_dim, attention_dim, dropout=dropout, heads=branches)
         self.classifier = nn.Linear(hidden_dim, self.num_classes)
         self.instance_classifiers = nn.ModuleList(

@@ -82,7 +82,7 @@ class DTFD(Aggregator):
         super().__init__(in_dim, num_classes)
         self.num_pseudo_bags = num_pseudo_bags
         self.distillation = choose("distillation", distillation, DISTILLATIONS)
-        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=False), nn.ReLU())
+        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=False), nn.ReLU(inplace=True))
         self.dropout = nn.Dropout(dropout)
         self.attention = AttentionScorer(hidden_dim, attention_dim)
         self.pseudo_classifier = nn.Linear(hidden_dim, num_classes)

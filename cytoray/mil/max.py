@@ -34,7 +34,14 @@ class MaxPool(Aggregator):
         pooled, attention = [], []
         for bag_nd in split_bags(features, offsets):
             pooled.append(bag_nd.amax(dim=0))
-            holds_nd = (bag_nd.detach() == pooled[-1].detach()).float()
-            attention.append(holds_nd @ (1.0 / holds_nd.sum(dim=0)) / self.in_dim)
+            attention.append(shares_of_maxima(bag_nd.detach(), pooled[-1].detach()))
         logits = self.classifier(self.dropout(torch.stack(pooled)))
         return MILOutput(logits, torch.cat(attention))
+
+
+def shares_of_maxima(bag_nd: Tensor, maxima_d: Tensor) -> Tensor:
+    """Share of the D maxima that each instance holds: (N,) float32, summing to 1."""
+    holders = ((bag_nd - maxima_d).amax(dim=1) == 0).nonzero()[:, 0]  # D of N instances at most
+    holds_md = (bag_nd[holders] == maxima_d).float()
+    shares = holds_md @ (1.0 / holds_md.sum(dim=0)) / len(maxima_d)
+    return torch.zeros(len(bag_nd), device=bag_nd.device).index_copy(0, holders, shares)

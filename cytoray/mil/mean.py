@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.packing import weighted_sums
+from cytoray.mil.packing import split_bags
 
 
 class MeanPool(Aggregator):
@@ -29,5 +30,5 @@ class MeanPool(Aggregator):
     def aggregate(self, features: Tensor, offsets: Tensor, ids: Tensor) -> MILOutput:
         """See `Aggregator.aggregate`."""
         attention = (1.0 / offsets.diff().float())[ids]
-        pooled_bd = weighted_sums(attention[:, None], features, offsets)[:, 0]
+        pooled_bd = torch.stack([bag.mean(dim=0) for bag in split_bags(features, offsets)])
         return MILOutput(self.classifier(self.dropout(pooled_bd)), attention)

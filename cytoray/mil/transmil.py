@@ -72,7 +72,7 @@ class TransMIL(Aggregator):
         super().__init__(in_dim, num_classes)
         if hidden_dim % heads:
             raise InputError(f"hidden_dim {hidden_dim} is not a multiple of heads {heads}")
-        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU())
+        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True))
         self.class_token = nn.Parameter(torch.randn(1, hidden_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(2))
         self.layers = nn.ModuleList(

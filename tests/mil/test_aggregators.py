@@ -37,7 +37,7 @@ def plain_abmil(aggregator, bag):
     return aggregator.classifier(pooled), weights.detach()
 
 
-@pytest.mark.parametrize("num_classes", [2, 5])
+@pytest.mark.parametrize("num_classes", [2, 5, (2, 3)])
 @pytest.mark.parametrize(
     ("name", "reference", "options"),
     [

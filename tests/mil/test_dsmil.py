@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -20,11 +21,12 @@ def plain_dsmil(aggregator, bag):
     pooled = attention.T @ bag
     conv = aggregator.bag_classifier
     logits = torch.stack([(conv.weight[c] * pooled).sum() + conv.bias[c] for c in range(len(rows))])
-    return logits, attention[:, int(logits.argmax())].detach()
+    return logits, attention[:, int(logits[: aggregator.num_classes].argmax())].detach()
 
 
-def test_equals_a_plain_loop(bags):
-    check_parity(DSMIL(24, 3), bags, plain_dsmil)
+@pytest.mark.parametrize("num_classes", [3, (2, 3)])
+def test_equals_a_plain_loop(num_classes, bags):
+    check_parity(DSMIL(24, num_classes), bags, plain_dsmil)
 
 
 def test_loss_is_half_bag_half_strongest_instance(bags):
