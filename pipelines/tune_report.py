@@ -32,7 +32,7 @@ def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
     results = [
         {
             "key": row["candidate"],
-            "config": {name: row[name] for name in ("aggregator", "lora_rank", "lr")},
+            "config": {name: row[name] for name in board["settings"]},
             "val": {"auc": row["val_auc"], "accuracy": row["val_accuracy"]},
             "best_epoch": row["best_epoch"],
             "seconds": row["seconds"],

@@ -75,9 +75,7 @@ def tune_sections(
     rows = [
         {
             "trial_id": result["key"],
-            "aggregator": result["config"]["aggregator"],
-            "LoRA rank": result["config"]["lora_rank"],
-            "lr": result["config"]["lr"],
+            **{name.replace("lora_", "LoRA "): result["config"][name] for name in result["config"]},
             "val AUC": result["val"].get("auc"),
             "val accuracy": result["val"].get("accuracy"),
             "best epoch": result["best_epoch"],
@@ -90,8 +88,9 @@ def tune_sections(
         "facts": summary["cohort"],
         "tables": [trial_table(rows, best=summary["best"], caption="Chosen by validation AUC.")],
     }
-    if summary["failed"]:
-        trials["text"] = [f"{key} failed: {text}" for key, text in summary["failed"].items()]
+    failures = [f"{key} failed: {text}" for key, text in summary["failed"].items()]
+    if notes := [*summary.get("frozen_blocks", []), *failures]:
+        trials["text"] = notes
     figures = []
     if len(held_out["classes"]) == 2:
         figures.append(
