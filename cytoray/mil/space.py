@@ -30,6 +30,9 @@ from cytoray.mil.config import MILConfig
 
 FIELDS = tuple(entry.name for entry in fields(MILConfig) if entry.name != "options")
 _LORA_FIELDS = tuple(name for name in FIELDS if name.startswith("lora_"))
+_LORA_ONLY = {*_LORA_FIELDS, "tiles_per_bag", "eval_tiles", "warm_start_epochs", "augment"} - {
+    "lora_rank"
+}
 _SPAN_KEYS = {"min", "max", "log"}
 
 
@@ -234,10 +237,18 @@ def candidates_of(configs: Sequence[MILConfig], encoder_ids: Sequence[str]) -> l
 
 
 def changed_fields(configs: Sequence[MILConfig]) -> list[str]:
-    """Fields in which the configs differ, flat (`options.depth`), in the order of `MILConfig`."""
+    """Fields in which the configs differ, flat (`options.depth`), in the order of `MILConfig`.
+
+    Fields that say how an encoder is adapted count among the configs that adapt one.
+    """
     flat = [flat_config(config) for config in configs]
     names = dict.fromkeys(name for row in flat for name in row)
-    return [name for name in names if len({json.dumps(row.get(name)) for row in flat}) > 1]
+    changed = []
+    for name in names:
+        only_lora = name in _LORA_ONLY
+        values = {json.dumps(row.get(name)) for row in flat if row["lora_rank"] or not only_lora}
+        changed += [name] if len(values) > 1 else []
+    return changed
 
 
 def flat_config(config: MILConfig) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from cytoray.report.evaluation_figures import (
     interval_figure,
 )
 
+CONFUSION_CAPTION = "Test examples: true class by row, called class by column."
+CLASS_HEADINGS = {"support": "test examples", "f1": "F1", "auc": "AUC"}
+HEADINGS = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "auc": "AUC"}
+
 
 def interval_text(value: float | None, low: float | None, high: float | None) -> str:
     """`0.812 (0.790 to 0.833)`."""
@@ -31,6 +35,15 @@ def interval_text(value: float | None, low: float | None, high: float | None) ->
 def short_name(encoder: str) -> str:
     """The end of a long path or name."""
     return encoder if len(encoder) <= 40 else f"...{encoder[-37:]}"
+
+
+def class_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `per_class_metrics` under the headings of a page."""
+    return [
+        {"class": row["name"]}
+        | {CLASS_HEADINGS.get(k, k): v for k, v in row.items() if k != "name"}
+        for row in rows
+    ]
 
 
 def evaluate_sections(out: Path, examples: Examples, cells: Any = None) -> list[dict[str, Any]]:
@@ -84,7 +97,10 @@ def _probe_table(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {
             "encoder": short_name(row["encoder"]),
             "probe": row["probe"],
-            **{m: interval_text(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in names},
+            **{
+                HEADINGS.get(m, m): interval_text(row[m], row[f"{m}_low"], row[f"{m}_high"])
+                for m in names
+            },
         }
         for row in table
     ]
@@ -184,11 +200,16 @@ def _attention_section(
 def _probe_section(
     probe: Mapping[str, Any], classes: Sequence[str], is_best: bool
 ) -> dict[str, Any]:
-    rows = probe["per_class"]
+    rows = class_rows(probe["per_class"])
     title = f"{short_name(probe['encoder'])}, {probe['probe']}" + (" (best)" if is_best else "")
     return {
         "title": title,
         "facts": {f"chosen {name}": value for name, value in probe["chosen"].items()},
         "tables": [{"columns": list(rows[0]), "rows": rows}],
-        "figures": [{"image": confusion_figure(np.array(probe["confusion"]), classes)}],
+        "figures": [
+            {
+                "image": confusion_figure(np.array(probe["confusion"]), classes),
+                "caption": CONFUSION_CAPTION,
+            }
+        ],
     }

@@ -188,7 +188,7 @@ def roc_figure(
     interval = f"\n95 % CI {auc_ci[0]:.3f} to {auc_ci[1]:.3f}" if auc_ci else ""
     patients = len(np.unique(group_ids)) if groups is not None else None
     unit = f"{len(labels)} slides" + (f" of {patients} patients" if patients else "")
-    text = f"AUC {auc:.3f}{interval}\n{unit}, {int(labels.sum())} {positive_name}"
+    text = f"AUC {auc:.3f}{interval}\n{unit}, {int(labels.sum())} of class {positive_name}"
     axes.text(0.97, 0.24, text, ha="right", va="bottom", fontsize=10, color=INK)
     axes.legend(loc="lower right", fontsize=8.5, frameon=False, labelcolor=QUIET)
     return to_png(figure)

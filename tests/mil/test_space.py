@@ -90,7 +90,7 @@ def test_points_become_trials_once_each() -> None:
     adapted = [config for config in configs if config.lora_rank]
     assert {(c.epochs, c.warm_start_epochs) for c in adapted} == {(2, 7)}
     assert {c.epochs for c in configs if not c.lora_rank} == {7}
-    assert changed_fields(configs) == ["aggregator", "epochs", "lora_rank", "warm_start_epochs",
+    assert changed_fields(configs) == ["aggregator", "epochs", "lora_rank",
                                        "options.hidden_dim"]  # fmt: skip
     assert flat_config(configs[-1])["options.hidden_dim"] == 16
 
@@ -101,6 +101,9 @@ def test_trials_without_lora_do_not_differ_by_how_an_encoder_is_adapted() -> Non
     found = sorted((c.lora_rank, c.lora_blocks, c.lora_lr) for c in configs)
     assert found[0] == (0, BASE.lora_blocks, BASE.lora_lr)
     assert found[1:] == [(4, b, lr) for b in (0, 2) for lr in (1e-4, 1e-3)]
+    assert changed_fields(configs) == ["epochs", "lora_rank", "lora_blocks", "lora_lr"]
+    alike = configs_of(grid({"lora_rank": (0, 4), "lora_blocks": (2,)}), BASE)
+    assert changed_fields(alike) == ["epochs", "lora_rank"], "blocks of a rank 0 do not count"
 
 
 def test_published_settings_are_each_aggregators_own() -> None:
