@@ -93,10 +93,19 @@ def _cached_maps(
         return gather_maps(index) if dtype is None else one_hot_maps(index, dtype)
 
 
+@lru_cache(maxsize=64)
+def _cached_small(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _cached_buckets(grid, num_prefix, device).to(torch.uint8)
+
+
 @torch.compiler.assume_constant_result
-def cached_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
-    """`bucket_index` of a grid on `device`, made once."""
-    return _cached_buckets(grid, num_prefix, device)
+def cached_buckets(
+    grid: Grid, num_prefix: int, device: torch.device, *, small: bool = False
+) -> Tensor:
+    """`bucket_index` of a grid on `device`, made once; `small`: uint8, as the kernels read it."""
+    made = _cached_small if small else _cached_buckets
+    return made(grid, num_prefix, device)
 
 
 @torch.compiler.assume_constant_result

@@ -28,6 +28,14 @@ def _tile(base, rows, columns, row_stride, row_count, column_count):
 
 
 @triton.jit
+def _read_buckets(buckets, i, j, tokens):
+    """Bucket of each pair, and which pairs there are; small numbers, for there are many."""
+    inside = (i[:, None] < tokens) & (j[None, :] < tokens)
+    bucket = tl.load(buckets + i[:, None] * tokens + j[None, :], mask=inside, other=0)
+    return bucket.to(tl.int32), inside
+
+
+@triton.jit
 def _put(base, values, rows, columns, row_stride, row_count, column_count):
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
     place = base + rows[:, None] * row_stride + columns[None, :]
@@ -89,12 +97,12 @@ def _attend_kernel(
     k_tile = _tile(k + start, j, c, width, tokens, width)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     if IRPE:
-        inside = (i[:, None] < tokens) & (j[None, :] < tokens)
-        bucket = tl.load(buckets + i[:, None] * tokens + j[None, :], mask=inside, other=0)
-        place = (n * tokens + i[:, None]) * K + bucket
-        scores += tl.load(from_query + place, mask=inside, other=0.0).to(tl.float32)
-        place = (n * K + bucket) * tokens + j[None, :]
-        scores += tl.load(from_key + place, mask=inside, other=0.0).to(tl.float32)
+        bucket, inside = _read_buckets(buckets, i, j, tokens)
+        table = n * tokens * K
+        place = i[:, None] * K + bucket
+        scores += tl.load(from_query + table + place, mask=inside, other=0.0).to(tl.float32)
+        place = bucket * tokens + j[None, :]
+        scores += tl.load(from_key + table + place, mask=inside, other=0.0).to(tl.float32)
     scores = tl.where(j[None, :] < tokens, scores, -float("inf"))
     if SPARSE:
         scores = _keep_largest(scores, top_h, i < tokens)
@@ -139,10 +147,9 @@ def _slope_kernel(
     v_tile = _tile(v + start, j, c, width, tokens, width)
     steep = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
     if IRPE:
-        inside = (i[:, None] < tokens) & (j[None, :] < tokens)
-        bucket = tl.load(buckets + i[:, None] * tokens + j[None, :], mask=inside, other=0)
-        place = (n * tokens + i[:, None]) * K + bucket
-        steep += tl.load(from_value + place, mask=inside, other=0.0).to(tl.float32)
+        bucket, inside = _read_buckets(buckets, i, j, tokens)
+        place = i[:, None] * K + bucket
+        steep += tl.load(from_value + n * tokens * K + place, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
     shares = _tile(weights + rows, i, j, weights_stride, tokens, tokens)
     steep = (shares.to(tl.float32) * (steep - mean[:, None])).to(k.dtype.element_ty)
@@ -250,5 +257,5 @@ def _options(v: Tensor, table: Tensor | None) -> dict[str, Any]:
         "WIDTH": max(16, triton.next_power_of_2(width)),
         "IRPE": table is not None,
         "PRECISION": "ieee",
-        "num_warps": 4 if tokens <= KERNEL_TOKENS // 2 else 8,
+        "num_warps": 8,
     }

@@ -191,11 +191,15 @@ class SRAttention(nn.Module):
         tables = (self.rel_k, self.rel_q, self.rel_v)
         prefix = self.grids.num_prefix
         positions = grid if self.config.irpe else None
-        buckets = None if positions is None else cached_buckets(positions, prefix, q.device)
-        if mask is not None or self.config.form == "plain":
+        plain = mask is not None or self.config.form == "plain"
+        kernels = not plain and self.config.form == "auto" and kernels_serve(v)
+        buckets, maps = None, None
+        if positions is not None:
+            buckets = cached_buckets(positions, prefix, q.device, small=kernels)
+        if plain:
             return sr_attention(q, k, v, *tables, buckets, top_h, self.scale, mask)
-        maps = None if positions is None else pair_maps(positions, prefix, q.device, q.dtype)
-        kernels = self.config.form == "auto" and kernels_serve(v)
+        if positions is not None:
+            maps = pair_maps(positions, prefix, q.device, q.dtype)
         return fast_sr_attention(
             q, k, v, *tables, buckets, maps, top_h, self.scale, kernels=kernels
         )

@@ -1,5 +1,9 @@
 """The Triton kernels against the definition; without a GPU Triton interprets them (conftest)."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from timm.layers.attention import Attention
@@ -156,3 +160,49 @@ def test_where_they_serve():
         assert kernels_serve(values.cuda())
         assert not kernels_serve(values.cuda().double())
         assert not kernels_serve(torch.zeros(1, 1, KERNEL_TOKENS + 1, 8, device="cuda"))
+
+
+# What a launch compiles, made for a GPU that need not be there.
+_COMPILE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cytoray.models import sr_kernels
+
+dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[1]]
+values = torch.empty(1, int(sys.argv[2]), 64, dtype=dtype, device="meta")
+options = sr_kernels._options(values, torch.empty(1, values.shape[1], 50, device="meta"))
+warps = options.pop("num_warps")
+for kernel in (sr_kernels._attend_kernel, sr_kernels._slope_kernel):
+    fixed = options | ({"SPARSE": True} if "SPARSE" in kernel.arg_names else {})
+    numbers = ("tokens", "width", "weights_stride", "top_h")
+    signature = {
+        name: "constexpr" if name in fixed else "i32" if name in numbers
+        else "*u8" if name == "buckets" else "*" + sys.argv[1]
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+    target = GPUTarget("cuda", int(sys.argv[3]), 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps})
+    print(made.metadata.shared)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler is for Linux")
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "capability", "shared_kib"),
+    [("bf16", 197, 80, 163), ("bf16", 257, 90, 227)],
+)
+def test_kernels_compile_for_real_devices(dtype, tokens, capability, shared_kib):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    made = subprocess.run(
+        [sys.executable, "-c", _COMPILE, dtype, str(tokens), str(capability)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    sizes = [int(line) for line in made.stdout.split()]
+    assert len(sizes) == 2
+    assert max(sizes) <= shared_kib * 1024  # what a multiprocessor of the device has
