@@ -15,6 +15,7 @@ JOBS = {
     "index": "manifest -> checked slides, foreground, nuclei, quarantine and a QC page",
     "plan": "what a job would take and cost on a cluster, from a few slides really read",
     "pretrain": "self-supervised pretraining on streamed, nuclei-centred views",
+    "vpu": "an encoder learns from slide labels alone which tiles are benign (LESS)",
     "embed": "encoder -> a bag of features for every slide",
     "bags": "features of other tools in as bags, and bags out (CLAM and TRIDENT's HDF5, .pt)",
     "tune": "grid over MIL aggregators and LoRA ranks, tracked in MLflow",

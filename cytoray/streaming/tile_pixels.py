@@ -198,3 +198,48 @@ class BagTiles:
         slide = self._number[slide_id]
         names = self._tile_ids[slide_id]
         return np.stack([self._slides.read_tile(slide, names[i]) for i in indices.tolist()])
+
+
+class KeptTiles:
+    """All kept tiles of a plan's slides, by slide and place in reading order, read when asked for.
+
+    Implements `cytoray.mil.TileSource`; holds no list of tiles.
+
+    Args:
+        plan: the slides.
+    """
+
+    def __init__(self, plan: ReadPlan) -> None:
+        self._slides, self._plan = OpenSlides(plan), plan
+        self._number = {s: i for i, s in enumerate(plan.slides.column("slide_id").to_pylist())}
+
+    def num_tiles(self, slide_id: str) -> int:
+        """Kept tiles of the slide."""
+        return int(self._counts(self._number[slide_id]).sum())
+
+    def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Pixels of the tiles at `indices` (k,): uint8 (k, S, S, 3).
+
+        Raises:
+            SlideError: a tile cannot be decoded.
+        """
+        slide = self._number[slide_id]
+        return np.stack(
+            [self._slides.read_tile(slide, self._name(slide, i)) for i in indices.tolist()]
+        )
+
+    def _counts(self, slide: int) -> np.ndarray:
+        start, stop = self._plan.first_chunk[slide : slide + 2]
+        return np.bitwise_count(self._plan.keep_mask[start:stop]).astype(np.int64)
+
+    def _name(self, slide: int, index: int) -> str:
+        """Tile id of the kept tile at `index`."""
+        ends = self._counts(slide).cumsum()
+        place = int(np.searchsorted(ends, index, side="right"))
+        number = int(self._plan.first_chunk[slide]) + place
+        mask = int(self._plan.keep_mask[number])
+        within = mask_indices(mask)[index - (int(ends[place - 1]) if place else 0)]
+        _, layout = self._slides.layout(slide)
+        chunk = layout.chunk_at(int(self._plan.chunk_index[number]))
+        name = chunk_id(self._slides.row(slide)["slide_id"], self._slides.grid, *chunk)
+        return tile_id(name, int(within))

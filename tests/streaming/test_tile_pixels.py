@@ -13,7 +13,7 @@ import pytest
 from cytoray.errors import SlideError
 from cytoray.slides import parse_tile_id
 from cytoray.streaming.plan import ReadPlan
-from cytoray.streaming.tile_pixels import BagTiles, ChunkTiles, OpenSlides
+from cytoray.streaming.tile_pixels import BagTiles, ChunkTiles, KeptTiles, OpenSlides
 from cytoray.synthetic import corrupt_tile
 
 from ..conftest import TILE_PX
@@ -118,3 +118,14 @@ def test_few_slides_are_open_at_a_time(read_plan, tmp_path) -> None:
     here = [f.path for f in psutil.Process().open_files() if f.path.startswith(str(tmp_path))]
     assert len(set(here)) <= 4
     assert np.array_equal(slides.read(0, (0, 0)).pixels, first)  # opened again
+
+
+def test_kept_tiles_by_place_are_those_of_the_chunks(read_plan) -> None:
+    tiles, source = all_tiles(read_plan), KeptTiles(read_plan)
+    ids = read_plan.slides.column("slide_id").to_pylist()
+    rng = np.random.default_rng(0)
+    for slide, slide_id in enumerate(ids):
+        pixels = tiles["pixels"][tiles["slide"] == slide]
+        assert source.num_tiles(slide_id) == len(pixels)
+        places = np.array([0, len(pixels) - 1, *rng.integers(len(pixels), size=5)])
+        assert np.array_equal(source(slide_id, places, rng), pixels[places])
