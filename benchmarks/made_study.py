@@ -44,6 +44,7 @@ def make_bags(
     size: tuple[int, int] = (8, 24),
     signal: float = 2.0,
     encoder_id: str = "made",
+    tile_px: int = 64,
     seed: int = 0,
 ) -> Path:
     """A bag a slide; those of label 1 have a few instances moved along the first axis."""
@@ -52,16 +53,16 @@ def make_bags(
         count = int(rng.integers(*size))
         features = rng.normal(size=(count, width)).astype(np.float32)
         features[: max(1, count // 4), 0] += signal * label
-        place = np.stack([np.arange(count) % 8, np.arange(count) // 8], axis=1) * 64.0
+        place = np.stack([np.arange(count) % 8, np.arange(count) // 8], axis=1) * tile_px
         meta = BagMeta(
             slide_id=slide_id,
-            tile_px=64,
+            tile_px=tile_px,
             mpp=0.5,
-            tile_size_level0=64.0,
+            tile_size_level0=float(tile_px),
             encoder_id=encoder_id,
             encoder_name=encoder_id,
         )
-        names = tuple(f"{slide_id}:0.5:64:0_0:{i % 4}" for i in range(count))
+        names = tuple(f"{slide_id}:0.5:{tile_px}:0_0:{i % 4}" for i in range(count))
         write_bag(folder, Bag(features, place.astype(np.float32), meta, names))
     return folder
 

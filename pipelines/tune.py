@@ -46,6 +46,8 @@ class Config:
 
     Attributes:
         bags: folders of bags written by `cytoray embed` (`.../bags`), one an encoder to compare.
+        coarse_bags: the same slides by the same encoders at a coarser scale (larger tiles), in the
+            order of `bags`, for aggregators of two scales (`less`); default: means of 2 x 2 tiles.
         index: folder written by `cytoray index`: labels, splits, patients, and the slides.
         out: folder of this run.
         encoder: the encoders that made the bags, in their order; trials with a LoRA rank adapt
@@ -94,6 +96,7 @@ class Config:
     bags: tuple[Path, ...]
     index: Path
     out: Path
+    coarse_bags: tuple[Path, ...] = ()
     encoder: tuple[str, ...] = ()
     label: tuple[str, ...] = ("label",)
     group: str = ""
@@ -162,6 +165,11 @@ class Config:
         if len(set(self.label)) < len(self.label):
             problems.append(f"--label names a column twice: {', '.join(self.label)}")
         # A named run leaves the paths open; they come as objects of the command line's own.
+        if isinstance(self.bags, tuple) and len(self.coarse_bags) not in (0, len(self.bags)):
+            problems.append(
+                f"--coarse-bags must name one folder for each of the {len(self.bags)} --bags, not "
+                f"{len(self.coarse_bags)}"
+            )
         if isinstance(self.bags, tuple) and len(self.encoder) not in (0, len(self.bags)):
             problems.append(
                 f"--encoder must name one encoder for each of the {len(self.bags)} --bags, not "

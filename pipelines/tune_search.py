@@ -92,7 +92,13 @@ def prepare(config: Config) -> Search:
         [problem for fold in every for problem in fold_problems(fold, cohort.labels, cohort.tasks)],
     )
     two_scales = any(AGGREGATORS[name].num_scales == 2 for name in names)
-    features = [read_features(store, cohort.slide_ids, coarse=two_scales) for store in stores]
+    if config.coarse_bags and not two_scales:
+        raise InputError("--coarse-bags are for aggregators of two scales: add less to the search")
+    coarse = [open_bags(folder, check=False) for folder in config.coarse_bags]
+    features = [
+        read_features(store, cohort.slide_ids, coarse=second if two_scales else False)
+        for store, second in zip(stores, coarse or [True] * len(stores), strict=True)
+    ]
     shown = distinct_names([entry.name for entry in features])
     features = [replace(entry, name=name) for entry, name in zip(features, shown, strict=True)]
     encoders = tuple(str(Path(e).resolve()) if Path(e).is_dir() else e for e in config.encoder)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cytoray.errors import InputError, choose, raise_problems
-from cytoray.mil.bags import Bag, BagStore
+from cytoray.mil.bags import Bag, BagMeta, BagStore
 from cytoray.mil.base import MISSING
 from cytoray.mil.coarse import coarsen
 from cytoray.mil.folds import joined_groups
@@ -71,7 +71,7 @@ class FeatureSet:
         encoder_id: the encoder that made them.
         features: (N_i, D) float16 of each slide.
         tile_ids: tile ids of each slide, in bag order.
-        coarse: (M_i, D) of each slide at twice the tile size; empty where no trial needs it.
+        coarse: (M_i, D) of each slide at larger tiles; empty where no trial needs it.
     """
 
     name: str
@@ -199,7 +199,11 @@ def _labels(
 
 
 def read_features(
-    store: BagStore, slide_ids: Sequence[str], *, name: str = "", coarse: bool = False
+    store: BagStore,
+    slide_ids: Sequence[str],
+    *,
+    name: str = "",
+    coarse: bool | BagStore = False,
 ) -> FeatureSet:
     """The bags of the slides, read once.
 
@@ -207,11 +211,30 @@ def read_features(
         store: the bags.
         slide_ids: the cohort's slides.
         name: shown for this encoder; default: the encoder's name in the bags.
-        coarse: make the second scale as well.
+        coarse: add the second scale: bags of larger tiles, or, if true, means of 2 x 2 tiles.
 
     Raises:
-        InputError: bags with NaN, none or another width; every such bag is named.
+        InputError: bags with NaN, none or another width (every such bag is named), or a second
+            scale by another encoder or of no larger tiles.
     """
+    bags = _read_bags(store, slide_ids)
+    meta, second = bags[0].meta, []
+    if isinstance(coarse, BagStore):
+        larger = _read_bags(coarse, slide_ids)
+        _check_coarser(meta, larger[0].meta, coarse)
+        second = [bag.features for bag in larger]
+    elif coarse:
+        second = [_coarse(bag) for bag in bags]
+    return FeatureSet(
+        name=name or meta.encoder_name or meta.encoder_id,
+        encoder_id=meta.encoder_id,
+        features=[bag.features for bag in bags],
+        tile_ids=[bag.tile_ids for bag in bags],
+        coarse=second,
+    )
+
+
+def _read_bags(store: BagStore, slide_ids: Sequence[str]) -> list[Bag]:
     store.check(slide_ids)
 
     def read(slide_id: str) -> Bag | InputError:
@@ -229,15 +252,17 @@ def read_features(
         for problem in (bag.problems or [str(bag)])
     ]
     raise_problems(f"some bags in {store.folder} cannot be used; embed the slides again:", problems)
-    bags = [bag for bag in found if isinstance(bag, Bag)]
-    meta = bags[0].meta
-    return FeatureSet(
-        name=name or meta.encoder_name or meta.encoder_id,
-        encoder_id=meta.encoder_id,
-        features=[bag.features for bag in bags],
-        tile_ids=[bag.tile_ids for bag in bags],
-        coarse=[_coarse(bag) for bag in bags] if coarse else [],
-    )
+    return [bag for bag in found if isinstance(bag, Bag)]
+
+
+def _check_coarser(fine: BagMeta, coarse: BagMeta, store: BagStore) -> None:
+    problems = []
+    if coarse.encoder_id != fine.encoder_id:
+        problems.append(f"made by encoder {coarse.encoder_id}, the bags by {fine.encoder_id}")
+    if coarse.tile_px * coarse.mpp <= fine.tile_px * fine.mpp:
+        sizes = [f"{meta.tile_px * meta.mpp:g} um" for meta in (coarse, fine)]
+        problems.append(f"tiles of {sizes[0]} are no larger than the bags' {sizes[1]}")
+    raise_problems(f"the bags of {store.folder} cannot be the coarse scale:", problems)
 
 
 def _coarse(bag: Bag) -> np.ndarray:

@@ -119,3 +119,23 @@ def test_a_second_scale_on_demand(folder) -> None:
 
 def test_names_of_encoders_differ() -> None:
     assert distinct_names(["a", "b", "a", "a"]) == ["a", "b", "a (2)", "a (3)"]
+
+
+def test_a_second_scale_is_bags_of_larger_tiles_or_means_of_the_tiles(folder) -> None:
+    store, ids = open_bags(folder / "bags"), ["s0", "s1"]
+    labels, options = {"s0": 0, "s1": 1}, {"seed": 5}
+    larger = open_bags(make_bags(folder / "larger", labels, tile_px=128, **options))
+    features = read_features(store, ids, coarse=larger)
+    for slide_id, view in zip(ids, features.coarse, strict=True):
+        assert np.array_equal(view, larger.read(slide_id, dtype=np.float16).features)
+    means = read_features(store, ids, coarse=True)
+    assert [len(view) for view in means.coarse] != [len(view) for view in features.coarse]
+    strange = open_bags(make_bags(folder / "strange", labels, encoder_id="other"))
+    with pytest.raises(InputError, match="cannot be the coarse scale") as caught:
+        read_features(store, ids, coarse=strange)
+    assert caught.value.problems == [
+        "made by encoder other, the bags by made",
+        "tiles of 32 um are no larger than the bags' 32 um",
+    ]
+    with pytest.raises(InputError, match="embed them"):
+        read_features(store, ["s0", "s2"], coarse=larger)
