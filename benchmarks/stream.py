@@ -55,6 +55,7 @@ from pipelines import index, pretrain
 
 BATCH = 64
 SEED = 0
+WARM_S = 5.0  # until the pool of readers has grown
 PARTS = ("feed", "wait", "cache", "scaling")
 TO_DEVICE = ("pixels", "views")
 
@@ -88,7 +89,7 @@ def _batch(columns: dict[str, np.ndarray], start: int) -> dict[str, Any]:
 
 
 def tiles_per_s(batches: Iterable[dict[str, Any]], device: torch.device, seconds: float) -> float:
-    """Speed at which batches arrive on the device, from 2 s after the first on."""
+    """Speed at which batches arrive on the device, from `WARM_S` after the first on."""
     first = begin = None
     tiles = 0
     for batch in batches:
@@ -97,7 +98,7 @@ def tiles_per_s(batches: Iterable[dict[str, Any]], device: torch.device, seconds
         now = time.perf_counter()
         first = first or now
         if begin is None:
-            begin = now if now - first > 2.0 else None
+            begin = now if now - first > WARM_S else None
             continue
         tiles += len(batch["pixels"])
         if now - begin >= seconds:
