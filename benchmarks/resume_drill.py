@@ -74,7 +74,9 @@ class Drill:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
         self.address = start_ray(folder)
-        config = SynthConfig(num_slides=4, size_px=1024, mpp=0.5, slides_per_patient=(1, 1))
+        config = SynthConfig(
+            num_slides=4, held_out=0, size_px=1024, mpp=0.5, slides_per_patient=(1, 1)
+        )
         manifest = synthesize(config, folder / "slides")
         self.index = folder / "index"
 

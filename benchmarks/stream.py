@@ -168,7 +168,9 @@ def make_index(options: argparse.Namespace, folder: Path) -> Path:
         lines = [f"{path.stem},{path.resolve()}" for path in paths[: options.max_slides]]
         manifest.write_text("\n".join(["slide_id,path", *lines]) + "\n")
     else:
-        manifest = synthesize(SynthConfig(num_slides=4, size_px=4096, mpp=0.5), folder / "slides")
+        manifest = synthesize(
+            SynthConfig(num_slides=2, held_out=0, size_px=4096, mpp=0.5), folder / "slides"
+        )
     out = folder / "index"
     index.run(index.Config(manifest=str(manifest), out=out, tile_px=224, mpp=options.mpp))
     return out

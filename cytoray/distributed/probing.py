@@ -167,12 +167,15 @@ class ProbeWatch:
         if self._under_way is None:
             return
         step, task = self._under_way
-        if not ray.wait([task], timeout=None if wait else 0)[0]:
-            return
-        self._under_way = None
+        metrics: Any = {}
+        problem = ""
         try:
-            self._report(step, ray.get(task), "")
+            if not ray.wait([task], timeout=None if wait else 0)[0]:
+                return
+            metrics = ray.get(task)
         except (RayError, InputError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            self._report(step, {}, lines[-1])
+            problem = lines[-1]
+        self._under_way = None
+        self._report(step, metrics, problem)
         shutil.rmtree(self._scratch / f"step_{step}", ignore_errors=True)

@@ -22,13 +22,21 @@ from cytoray.streaming.tile_pixels import ChunkTiles
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
 
 _POSITIONS_PER_LIST_TASK = 100_000
+_CHUNKS_PER_TASK = 4
 
 
 class Positions(Datasource):
-    """Positions [start, stop), one to a block; a list task makes 100,000 of them as a stream."""
+    """Positions [start, stop); a list task makes 100,000 of them as a stream.
 
-    def __init__(self, start: int, stop: int) -> None:
-        self._range = (start, stop)
+    Args:
+        start: first position.
+        stop: position after the last.
+        together: positions in a block, so chunks that a reader is given at once. Handing over a
+            task costs milliseconds, and more where the cores are busy.
+    """
+
+    def __init__(self, start: int, stop: int, together: int = 1) -> None:
+        self._range, self._together = (start, stop), together
 
     def estimate_inmemory_data_size(self) -> int:
         return 8 * (self._range[1] - self._range[0])
@@ -38,15 +46,16 @@ class Positions(Datasource):
     ) -> list[ReadTask]:
         start, stop = self._range
         return [
-            _positions_task(low, min(low + _POSITIONS_PER_LIST_TASK, stop))
+            _positions_task(low, min(low + _POSITIONS_PER_LIST_TASK, stop), self._together)
             for low in range(start, stop, _POSITIONS_PER_LIST_TASK)
         ]
 
 
-def _positions_task(low: int, high: int) -> ReadTask:
+def _positions_task(low: int, high: int, together: int) -> ReadTask:
     def make() -> Iterator[pa.Table]:
-        for position in range(low, high):
-            yield pa.table({"position": pa.array([position], pa.int64())})
+        for first in range(low, high, together):
+            positions = range(first, min(first + together, high))
+            yield pa.table({"position": pa.array(positions, pa.int64())})
 
     metadata = BlockMetadata(
         num_rows=high - low, size_bytes=8 * (high - low), input_files=None, exec_stats=None
@@ -168,9 +177,13 @@ def tile_blocks(
     context.execution_options.exclude_resources = type(context.execution_options.exclude_resources)(
         cpu=reserved_cpus, gpu=reserved_gpus
     )
-    context.target_max_block_size = 1  # one row, and so one chunk, to a block
+    # Blocks are passed on when they are larger than this: positions by the task, int64 each, and
+    # every chunk for itself.
+    context.target_max_block_size = 8 * _CHUNKS_PER_TASK - 1
     dataset = ray.data.read_datasource(
-        Positions(start, stop), num_cpus=share.cpus_source, override_num_blocks=1
+        Positions(start, stop, together=_CHUNKS_PER_TASK),
+        num_cpus=share.cpus_source,
+        override_num_blocks=1,
     ).map_batches(
         ReadTiles,  # type: ignore[arg-type]
         fn_constructor_args=(plan, order, config, meter),

@@ -72,6 +72,12 @@ def test_positions_are_listed_in_order_in_bounded_pieces() -> None:
     assert first.column("position").to_pylist() == [100_007]
     last = [table.column("position")[0].as_py() for table in tasks[2]()]
     assert last == list(range(200_007, 250_003))
+    [task] = Positions(5, 12, together=3).get_read_tasks(1)
+    assert [table.column("position").to_pylist() for table in task()] == [
+        [5, 6, 7],
+        [8, 9, 10],
+        [11],
+    ]
 
 
 @pytest.mark.ray
