@@ -43,7 +43,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report.finetune_page import finetune_sections
 from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.tracking import Tracker
+from cytoray.tracking import ModelFacts, Tracker
 from pipelines.cell_jobs import begin, class_lines, split_of
 
 MAY_CHANGE_HERE = MAY_CHANGE | {
@@ -280,6 +280,10 @@ def _finish(
         run_id, config.model_name, adapter,
         tags={"val_accuracy": f"{best['val']['accuracy']:.4f}", "encoder": best["encoder"]},
         description=f"{best['key']}, chosen by validation accuracy",
+        facts=ModelFacts(
+            inputs={"images": ("uint8", (-1, -1, -1, 3))},
+            outputs={"probabilities": ("float32", (-1, len(cells.classes)))},
+        ),
     )  # fmt: skip
     values = {f"test_{k}": v for k, v in best["test"].items() if v is not None}
     tracker.log_metrics(run_id, values)

@@ -25,6 +25,7 @@ from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.tracking import ChildRuns, Tracker, patiently
+from cytoray.tracking.head_model import head_facts
 from pipelines.embed import index_plan
 from pipelines.tune_report import report_sections, write_results
 from pipelines.tune_search import (
@@ -349,7 +350,8 @@ def _register(
         tracker.log_metrics(run_id, finite)
         text = f"{summary['best']}, chosen by validation AUC"
         head = folder.path / "head"
-        return tracker.register_model(run_id, config.model_name, head, tags, text)
+        facts = head_facts(features.features[0].shape[1], search.cohort.tasks)
+        return tracker.register_model(run_id, config.model_name, head, tags, text, facts)
 
     version = patiently(send, config.tracking_wait_s)
     return f"{config.model_name} version {version}" if version else ""

@@ -17,6 +17,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 from cytoray.tracking.child_runs import ChildRun, ChildRuns, patiently
 from cytoray.tracking.mlflow_tracking import RunInfo, Tracker, keep_going
+from cytoray.tracking.model_facts import ModelFacts
 from cytoray.tracking.run_logger import RunLogger, send_pending
 from cytoray.tracking.values import ARTIFACT_SUFFIXES, flatten_params, resolve_uri
 
@@ -27,6 +28,7 @@ __all__ = [
     "ARTIFACT_SUFFIXES",
     "ChildRun",
     "ChildRuns",
+    "ModelFacts",
     "RunInfo",
     "RunLogger",
     "Tracker",

@@ -19,6 +19,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from cytoray.errors import InputError, choose
+from cytoray.tracking.model_facts import ModelFacts, write_mlmodel
 from cytoray.tracking.values import (
     KEY_TAG,
     PARENT_TAG,
@@ -255,6 +256,7 @@ class Tracker:
         folder: str | Path,
         tags: Mapping[str, Any] | None = None,
         description: str = "",
+        facts: ModelFacts | None = None,
     ) -> str:
         """Upload a model folder (safetensors and JSON) and register it as a model version.
 
@@ -268,6 +270,7 @@ class Tracker:
             folder: what to upload.
             tags: tags of the version, e.g. AUC and encoder id.
             description: a sentence for the registry page.
+            facts: the model's signature, for the registry page.
 
         Returns:
             The version, e.g. "1".
@@ -282,6 +285,10 @@ class Tracker:
             if version.name == name and version.source == source:
                 return str(version.version)
         self._client.log_artifacts(run_id, str(folder), artifact_path)
+        if facts is not None:
+            with tempfile.TemporaryDirectory() as draft:
+                path = write_mlmodel(facts, Path(draft), run_id, artifact_path)
+                self._client.log_artifact(run_id, str(path), artifact_path)
         version = self._client.create_model_version(
             name,
             source=source,

@@ -2,12 +2,16 @@ import socket
 import subprocess
 import sys
 
+import mlflow
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from cytoray.errors import InputError
+from cytoray.mil import LabelledBag, MILConfig, predict, save_head, train_frozen
 from cytoray.tracking import Tracker, keep_going
+from cytoray.tracking.head_model import head_facts
 
 
 def closed_port_uri():
@@ -84,6 +88,25 @@ def test_registered_model_comes_back_and_is_not_doubled(tracker, tmp_path):
     # What a tracking server demands of a local source: below the artifacts of the run.
     run = MlflowClient(tracker.uri).get_run(run_id)
     assert version.source.startswith(f"{run.info.artifact_uri}/model/")
+
+
+def test_a_registered_head_has_a_signature_and_mlflow_can_ask_it(tracker, tmp_path, monkeypatch):
+    bags = [LabelledBag(f"s{i}", np.random.default_rng(i).normal(size=(5, 4)), i % 2)
+            for i in range(6)]  # fmt: skip
+    result = train_frozen(MILConfig(aggregator="mean", epochs=1), bags[:4], bags[4:], 2)
+    tasks = {"cancer": ("no", "yes")}
+    save_head(tmp_path / "head", result, classes=tasks, encoder_id="e")
+    run_id = tracker.start_run("tune")
+    tracker.register_model(run_id, "head", tmp_path / "head", facts=head_facts(4, tasks))
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    mlflow.set_tracking_uri(tracker.uri)
+    signature = mlflow.models.get_model_info("models:/head/1").signature
+    assert signature.inputs.input_dict()["features"].shape == (-1, 4)
+    assert signature.outputs.input_dict()["cancer"].shape == (-1, 2)
+    features = bags[0].features.astype(np.float32)
+    answer = mlflow.pyfunc.load_model("models:/head/1").predict({"features": features})
+    expected = predict(result.build(), [features]).probabilities
+    np.testing.assert_allclose(answer["cancer"], expected, atol=1e-6)
 
 
 def test_artifacts_lie_next_to_the_database(tracker, tmp_path):
