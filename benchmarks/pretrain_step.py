@@ -1,14 +1,17 @@
 """A DINOv2 training step: ours against the same recipe made of lightly's parts, and of the peak.
 
-    python -m benchmarks.pretrain_step [--backbone vit_tiny_patch16_224] [--batch 8]
-        [--out-dim 65536] [--rounds 5] [--device cpu|cuda] [--no-lightly] [--profile]
+    python -m benchmarks.pretrain_step [--backbones vit_tiny_patch16_224 ...] [--batch 8]
+        [--out-dim 65536] [--depth N] [--rounds 5] [--device cpu|cuda] [--no-lightly] [--profile]
 
 Both take the same rendered crops (2 x 224 and 8 x 96 px), block masks for half of the global ones,
 the losses DINO + iBOT + 0.1 KoLeo with centring (lightly has no Sinkhorn), AdamW, an EMA teacher;
-no drop path. Steps are taken in turn. lightly is a development dependency: without it ours is
-measured alone. On CUDA ours runs in bf16, as does lightly's under autocast. The last line is JSON:
-vs_lightly, the median ratio of seconds (above 1, ours is faster); tiles_per_s; mfu, the share of
-the device's dense bf16 peak (null where that is not known); device.
+no drop path. Steps are taken in turn, ours with SR-attention among them. lightly is a development
+dependency: without it ours is measured alone. On CUDA the backbones are ViT-S, B and L, lightly
+stands beside the first, both run in bf16 (ours with compiled blocks and packed crops), and the
+profile is shown. The last line is JSON: of the first backbone vs_lightly, the median ratio of
+seconds (above 1, ours is faster), tiles_per_s and mfu, the share of the device's dense bf16 peak
+that the recipe's operations make up (null where the peak is not known); sr_vs_plain, the median
+ratio of a step with SR-attention to one without; device; and the same of every backbone.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from cytoray.training import (
     OptimConfig,
     PretrainConfig,
     PretrainEngine,
+    SRConfig,
 )
 from cytoray.training.costs import peak_flops, step_costs
 
@@ -44,6 +49,13 @@ except ImportError:
     HAS_LIGHTLY = False
 
 Step = Callable[[int], Any]
+TINY = "vit_tiny_patch16_224"
+# Tiles a step that fill a large GPU.
+BATCH_CUDA = {
+    "vit_small_patch16_224": 128,
+    "vit_base_patch16_224": 64,
+    "vit_large_patch16_224": 32,
+}
 
 
 def crops(config: PretrainConfig, device: torch.device) -> dict[str, Tensor]:
@@ -68,7 +80,10 @@ class LightlyRecipe(nn.Module):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        vit = timm.create_model(config.backbone.name, dynamic_img_size=True, num_classes=0)
+        options: Any = config.backbone.kwargs
+        vit = timm.create_model(
+            config.backbone.name, dynamic_img_size=True, num_classes=0, **options
+        )
         self.backbone = MaskedVisionTransformerTIMM(vit=vit, antialias=False)  # type: ignore[arg-type]
         head = config.head
         self.head = DINOv2ProjectionHead(
@@ -128,18 +143,19 @@ def lightly_step(config: PretrainConfig, device: torch.device) -> Step:
     return step
 
 
-def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
-    """Seconds of every step, interleaved: name to (rounds,); the first of each is left out."""
+def measure(
+    steps: dict[str, Step], rounds: int, warm_up: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Seconds of every step, interleaved: name to (rounds,), after `warm_up` rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for name, step in steps.items():
             _wait(device)
             began = time.perf_counter()
             step(number)
             _wait(device)
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(values) for name, values in seconds.items()}
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values[warm_up:]) for name, values in seconds.items()}
 
 
 def _wait(device: torch.device) -> None:
@@ -159,47 +175,73 @@ def show_profile(step: Step, device: torch.device) -> None:
     print(profile.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
 
 
+def settings(backbone: str, options: argparse.Namespace, device: torch.device) -> PretrainConfig:
+    """The recipe on one backbone."""
+    batch = options.batch or (BATCH_CUDA.get(backbone, 32) if device.type == "cuda" else 8)
+    return PretrainConfig(
+        backbone=BackboneConfig(
+            name=backbone,
+            drop_path=0.0,
+            kwargs={"depth": options.depth} if options.depth else {},
+        ),
+        head=HeadConfig(out_dim=options.out_dim),
+        loss=LossConfig(centering="centering"),
+        optim=OptimConfig(warmup_steps=1, freeze_last_layer_steps=0),
+        batch_size=batch,
+        total_steps=1000,
+    )
+
+
+def measure_backbone(
+    backbone: str, options: argparse.Namespace, device: torch.device, *, beside_lightly: bool
+) -> dict[str, float | None]:
+    """Speed of one backbone, and a table on the way."""
+    config = settings(backbone, options, device)
+    with_sr = replace(config.backbone, sr=SRConfig(sparse=True, irpe=True))
+    ours = our_step(config, device)
+    steps = {"ours": ours, "with SR": our_step(replace(config, backbone=with_sr), device)}
+    if beside_lightly:
+        steps["lightly's parts"] = lightly_step(config, device)
+    warm_up = 3 if device.type == "cuda" else 1
+    seconds = measure(steps, options.rounds, warm_up, device)
+    threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
+    print(f"{backbone}, {config.batch_size} tiles, {threads}{device}")
+    for name, values in seconds.items():
+        print(f"{name:16s} {1e3 * np.median(values):9.1f} ms a step")
+    if options.profile or device.type == "cuda":
+        show_profile(ours, device)
+    speed, peak = config.batch_size / float(np.median(seconds["ours"])), peak_flops(device)
+    found: dict[str, float | None] = {
+        "vs_lightly": round(float(np.median(seconds["lightly's parts"] / seconds["ours"])), 3)
+        if beside_lightly
+        else None,
+        "tiles_per_s": round(speed, 2),
+        "mfu": round(step_costs(config).flops_per_tile * speed / peak, 4) if peak else None,
+        "sr_vs_plain": round(float(np.median(seconds["with SR"] / seconds["ours"])), 3),
+    }
+    return found
+
+
 def main() -> None:
-    """Measure, print a table, and a line of JSON."""
+    """Measure, print tables, and a line of JSON."""
     parser = argparse.ArgumentParser(description="A DINOv2 step, side by side.")
-    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--backbones", nargs="+", help="timm names; default: as the device")
+    parser.add_argument("--batch", type=int, help="tiles a step; default: 8 on a CPU")
     parser.add_argument("--out-dim", type=int, default=65536)
+    parser.add_argument("--depth", type=int, help="fewer blocks, to try the benchmark itself")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-lightly", action="store_true", help="measure ours alone")
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     options = parser.parse_args()
     device = torch.device(options.device)
-    config = PretrainConfig(
-        backbone=BackboneConfig(name=options.backbone, drop_path=0.0),
-        head=HeadConfig(out_dim=options.out_dim),
-        loss=LossConfig(centering="centering"),
-        optim=OptimConfig(warmup_steps=1, freeze_last_layer_steps=0),
-        batch_size=options.batch,
-        total_steps=1000,
-    )
-    ours = our_step(config, device)
-    steps = {"ours": ours}
-    if HAS_LIGHTLY and not options.no_lightly:
-        steps["lightly's parts"] = lightly_step(config, device)
-    seconds = measure(steps, options.rounds, device)
-    print(f"{options.backbone}, {options.batch} tiles, {torch.get_num_threads()} threads, {device}")
-    for name, values in seconds.items():
-        print(f"{name:16s} {1e3 * np.median(values):9.1f} ms a step")
-    if options.profile:
-        show_profile(ours, device)
-    speed = options.batch / float(np.median(seconds["ours"]))
-    peak = peak_flops(device)
-    result = {
-        "vs_lightly": round(float(np.median(seconds["lightly's parts"] / seconds["ours"])), 3)
-        if "lightly's parts" in seconds
-        else None,
-        "tiles_per_s": round(speed, 2),
-        "mfu": round(step_costs(config).flops_per_tile * speed / peak, 4) if peak else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    print(json.dumps(result))
+    names = options.backbones or (list(BATCH_CUDA) if device.type == "cuda" else [TINY])
+    found = {}
+    for number, name in enumerate(names):
+        beside = HAS_LIGHTLY and not options.no_lightly and number == 0
+        found[name] = measure_backbone(name, options, device, beside_lightly=beside)
+    shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(json.dumps({**found[names[0]], "device": shown, "backbones": found}))
 
 
 if __name__ == "__main__":

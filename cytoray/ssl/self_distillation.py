@@ -216,6 +216,7 @@ class SelfDistillation(Method):
             targets.cls,
             student_temp=s.student_temp,
             global_batch=total,
+            overwrite=True,
         )
         if known.masked is not None and patch_logits is not None and targets.patches is not None:
             parts["ibot"] = ibot_loss(
@@ -224,6 +225,7 @@ class SelfDistillation(Method):
                 known.masked.weight,
                 student_temp=s.student_temp,
                 global_crops=total * cls.shape[1],
+                overwrite=True,
             )
         if known.koleo is not None:
             parts["koleo"] = (cls.float() * known.koleo.slope).sum()  # has KoLeo's gradient

@@ -22,27 +22,31 @@ def make(n, v, shared, k=11, mass=1.0, dtype=torch.float32):
     return logits, targets, torch.rand(n, generator=generator)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("block_bytes", [1, 200, 1 << 20])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(("n", "v", "mass"), [(1, 1, 1.0), (5, 3, 2.0), (7, 8, 1.0)])
 def test_loss_and_gradient_are_those_of_the_definition(
-    n, v, mass, shared, block_bytes, monkeypatch
+    n, v, mass, shared, block_bytes, overwrite, monkeypatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "_CPU_BLOCK_BYTES", block_bytes)
     logits, targets, weights = make(n, v, shared, mass=mass)
-    loss = fused(logits, targets, weights, temp=0.1, mass=mass)
-    (3.0 * loss).backward()
-    got = logits.grad
     expected = plain(logits, targets.expand(n, v, -1), weights, 0.1, mass)
     (wanted,) = torch.autograd.grad(3.0 * expected, logits)
+    before = logits.detach().clone()
+    loss = fused(logits, targets, weights, temp=0.1, mass=mass, overwrite=overwrite)
+    (3.0 * loss).backward()
+    got = logits.grad
+    assert torch.equal(logits.detach(), before) != overwrite
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_logits_get_gradients_of_their_own_kind() -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_half_precision_logits_get_gradients_of_their_own_kind(overwrite) -> None:
     logits, targets, weights = make(4, 2, True, dtype=torch.bfloat16)
-    fused(logits, targets, weights, temp=0.1).backward()
     exact = logits.detach().double().requires_grad_(True)
+    fused(logits, targets, weights, temp=0.1, overwrite=overwrite).backward()
     plain(exact, targets.expand(4, 2, -1), weights, 0.1, 1.0).backward()
     assert logits.grad is not None
     assert exact.grad is not None

@@ -12,6 +12,7 @@ from cytoray.models.encoder import load_encoder, save_encoder
 from cytoray.perturb.views import CropPolicy, sample_views
 from cytoray.ssl.base import Crops, MicroBatch, StepContext
 from cytoray.ssl.masks import make_block_masks
+from cytoray.ssl.methods import METHODS
 from cytoray.training import (
     BackboneConfig,
     CropConfig,
@@ -21,6 +22,7 @@ from cytoray.training import (
     PretrainConfig,
     PretrainEngine,
     TrainingDiverged,
+    TwoViewConfig,
     check_finite,
     encoder_spec,
     load_checkpoint,
@@ -263,13 +265,20 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["dinov2", "ibot"])
-def test_nothing_in_a_step_waits_for_the_device(method):
-    engine = PretrainEngine(_config(method=method), "cpu")
-    batch = {
-        "global_crops": torch.randn(6, 2, 3, 64, 64),
-        "local_crops": torch.randn(6, 2, 3, 32, 32),
-    }
+def _any_method(method: str, **changes) -> PretrainConfig:
+    if method in ("simclr", "moco", "byol"):
+        changes["crops"] = CropConfig(global_px=64, num_local=0)
+        changes["two_views"] = TwoViewConfig(hidden_dim=24, out_dim=12)
+    return _config(method=method, **changes)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_nothing_in_a_step_waits_for_the_device(method, accumulate):
+    engine = PretrainEngine(_any_method(method, accumulate=accumulate, pack_crops=True), "cpu")
+    batch = {"global_crops": torch.randn(6, 2, 3, 64, 64)}
+    if engine.config.crops.num_local:
+        batch["local_crops"] = torch.randn(6, 2, 3, 32, 32)
     engine.step(batch, 0)
     with _Waits() as waits:
         metrics = engine.step(batch, 1)
@@ -280,13 +289,19 @@ def test_nothing_in_a_step_waits_for_the_device(method):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", ["dinov2", "ibot"])
-def test_cuda_agrees_with_the_cpu_and_is_never_waited_for(method):
-    config = _config(method=method)
-    exact = _run(PretrainEngine(config, "cpu"), range(3))
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"compile": False}])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_cuda_agrees_with_the_cpu_and_is_never_waited_for(method, changes):
+    config = _any_method(method, **changes)
+    views = config.crops.num_local
+    exact = [
+        {k: float(v) for k, v in metrics.items()}
+        for engine in [PretrainEngine(config, "cpu")]
+        for metrics in [engine.step(_batch(s, num_local=views), s) for s in range(3)]
+    ]
     engine = PretrainEngine(config, "cuda")
-    found = [engine.step(_batch(0), 0), engine.step(_batch(1), 1)]
-    batch = _batch(2)
+    found = [engine.step(_batch(s, num_local=views), s) for s in range(2)]
+    batch = _batch(2, num_local=views)
     torch.cuda.set_sync_debug_mode("error")
     try:
         found.append(engine.step(batch, 2))

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 
 from cytoray.training import CropConfig, LossConfig, OptimConfig, PretrainConfig
 from cytoray.training.schedules import cosine, linear, step_values, warmup_cosine
@@ -39,3 +40,27 @@ def test_a_run():
     assert step_values(config, 150).teacher_temp == pytest.approx(0.055)
     assert step_values(config, 300).teacher_temp == last.teacher_temp == 0.07
     assert [step_values(config, s).last_layer_frozen for s in (9, 10)] == [True, False]
+
+
+@pytest.mark.parametrize(("start", "end"), [(4e-3, 1e-6), (0.04, 0.4), (0.992, 1.0)])
+def test_cosine_is_torchs_at_every_step(start, end):
+    parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = torch.optim.SGD([parameter], lr=start)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60, eta_min=end)
+    for step in range(61):
+        assert cosine(step, start, end, 60) == pytest.approx(optimizer.param_groups[0]["lr"], 1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_then_cosine_is_torchs_at_every_step():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    rises = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-9, total_iters=10)
+    falls = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-3)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [rises, falls], [10])
+    for step in range(50):
+        got = warmup_cosine(step, 0.3, 1e-3, warmup=10, total=50)
+        assert got == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-9)
+        optimizer.step()
+        scheduler.step()

@@ -20,7 +20,13 @@ _CPU_BLOCK_BYTES = 4 << 20
 
 
 def soft_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, *, temp: float, mass: float = 1.0
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    temp: float,
+    mass: float = 1.0,
+    overwrite: bool = False,
 ) -> Tensor:
     """sum_n w_n sum_v sum_k -t_nvk log softmax(s_nv / temp)_k.
 
@@ -31,23 +37,31 @@ def soft_cross_entropy(
         weights: float32 (n,), w. No gradient.
         temp: temperature of the student.
         mass: what a row of targets sums to; above 1 it is the sum of several targets.
+        overwrite: keep the gradient in the memory of `logits`, which nothing else may read after.
 
     Returns:
         float32 scalar. It can be differentiated once.
     """
-    return _SoftCrossEntropy.apply(logits, targets, weights, temp, mass)  # type: ignore[no-any-return]
+    return _SoftCrossEntropy.apply(logits, targets, weights, temp, mass, overwrite)  # type: ignore[no-any-return]
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        temp: float,
+        mass: float,
+        overwrite: bool,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if wanted else None
+        logits = logits.detach()
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            gradient = logits if overwrite else torch.empty_like(logits)
         total = logits.new_zeros((), dtype=torch.float32)
-        for start, stop in _blocks(logits):
-            rows = slice(start, stop)
+        for rows in row_blocks(logits):
             if gradient is not None and gradient.dtype == torch.float32:
                 work = gradient[rows]
             else:
@@ -71,10 +85,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # In place: going backward a second time is an error of autograd's own, not a wrong result.
-        return gradient.mul_(upstream), None, None, None, None
+        return gradient.mul_(upstream), *[None] * 5
 
 
 def _dot(scaled: Tensor, aimed: Tensor) -> Tensor:
@@ -84,10 +98,10 @@ def _dot(scaled: Tensor, aimed: Tensor) -> Tensor:
     return torch.einsum("nvk,nvk->nv", scaled, aimed)
 
 
-def _blocks(logits: Tensor) -> list[tuple[int, int]]:
-    count = logits.shape[0]
-    if logits.device.type != "cpu" or not count:
-        return [(0, count)] if count else []
-    group_bytes = 4 * logits.shape[1] * logits.shape[2]
-    step = max(1, _CPU_BLOCK_BYTES // max(group_bytes, 1))
-    return [(start, min(start + step, count)) for start in range(0, count, step)]
+def row_blocks(x: Tensor) -> list[slice]:
+    """Runs of rows of a tensor that fit a CPU's cache as fp32; one run on another device."""
+    count = len(x)
+    if x.device.type != "cpu" or not count:
+        return [slice(0, count)] if count else []
+    step = max(1, _CPU_BLOCK_BYTES // max(4 * x[0].numel(), 1))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -17,6 +17,7 @@ def dino_loss(
     *,
     student_temp: float,
     global_batch: int,
+    overwrite: bool = False,
 ) -> Tensor:
     """This rank's part of the DINO loss (Caron et al. 2021, eq. 3); the ranks' sum is the loss.
 
@@ -29,6 +30,7 @@ def dino_loss(
         targets: float32 (b, G, K), teacher probabilities.
         student_temp: temperature of the student.
         global_batch: tiles over all ranks.
+        overwrite: the logits are not read again and may be overwritten.
 
     Returns:
         float32 scalar.
@@ -43,10 +45,20 @@ def dino_loss(
         # Of two crops, the others' sum is the other one.
         others = targets.flip(1) if num_global == 2 else total - targets
         loss = soft_cross_entropy(
-            student_global, others, weights, temp=student_temp, mass=num_global - 1
+            student_global,
+            others,
+            weights,
+            temp=student_temp,
+            mass=num_global - 1,
+            overwrite=overwrite,
         )
     if student_local is not None and num_local:
         loss = loss + soft_cross_entropy(
-            student_local, total, weights, temp=student_temp, mass=num_global
+            student_local,
+            total,
+            weights,
+            temp=student_temp,
+            mass=num_global,
+            overwrite=overwrite,
         )
     return loss

@@ -14,6 +14,7 @@ def ibot_loss(
     *,
     student_temp: float,
     global_crops: int,
+    overwrite: bool = False,
 ) -> Tensor:
     """This rank's part of the masked patch loss; the sum over the ranks is the loss.
 
@@ -23,11 +24,16 @@ def ibot_loss(
         weights: float32 (M,), 1 / (number of patches masked in the patch's crop).
         student_temp: temperature of the student.
         global_crops: all global crops of all ranks, masked or not.
+        overwrite: the logits are not read again and may be overwritten.
 
     Returns:
         float32 scalar (0 when nothing is masked).
     """
     weights = weights / global_crops
     return soft_cross_entropy(
-        student.unsqueeze(1), targets.unsqueeze(1), weights, temp=student_temp
+        student.unsqueeze(1),
+        targets.unsqueeze(1),
+        weights,
+        temp=student_temp,
+        overwrite=overwrite,
     )

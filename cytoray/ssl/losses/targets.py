@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.ssl.collectives import all_max, all_sum
+from cytoray.ssl.losses.cross_entropy import row_blocks
 
 TINY = 1e-30  # keeps empty rows and columns finite
 
@@ -43,6 +44,18 @@ def sinkhorn_knopp(logits: Tensor, *, temp: float, iterations: int = 3) -> Tenso
     return kernel.mul_(column_factor).mul_((row_factor * count).unsqueeze(1))
 
 
+def _softmax(scores: Tensor, centre: Tensor, temp: float) -> Tensor:
+    """softmax((scores - centre) / temp); on a CPU a few rows at a time, while they are in cache."""
+    if scores.device.type != "cpu":
+        return torch.softmax((scores - centre).div_(temp), dim=-1)
+    out = torch.empty_like(scores)
+    for rows in row_blocks(scores):
+        work = torch.sub(scores[rows], centre, out=out[rows]).div_(temp)
+        work.sub_(work.amax(-1, keepdim=True)).exp_()
+        work.div_(work.sum(-1, keepdim=True))
+    return out
+
+
 class MovingCentre(nn.Module):
     """softmax((logits - c) / temp) with c the moving mean of the logits (Caron et al. 2021, eq. 4).
 
@@ -62,7 +75,7 @@ class MovingCentre(nn.Module):
     def forward(self, logits: Tensor, *, temp: float) -> Tensor:
         """Targets (n, K) float32 by the centre so far; then the centre takes in all ranks' rows."""
         scores = logits.float()
-        targets = torch.softmax((scores - self.centre).div_(temp), dim=-1)
+        targets = _softmax(scores, self.centre, temp)
         total = scores.new_zeros(scores.shape[1] + 1)
         total[:-1] = scores.sum(0)
         total[-1] = scores.shape[0]
