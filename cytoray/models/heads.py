@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_CACHED_BYTES = 1 << 20
+
 
 class PrototypeLayer(nn.Module):
     """Cosine to `out_dim` prototypes: a weight-normed linear layer whose gain is fixed at 1.
@@ -48,8 +50,46 @@ class _UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         unit, norm = ctx.saved_tensors
-        along = torch.einsum("kd,kd->k", unit, upstream).unsqueeze(-1)
-        return torch.addcmul(upstream, unit, along, value=-1.0).div_(norm)
+        gradient = torch.empty_like(upstream)
+        for rows in _row_runs(unit):
+            along = torch.einsum("kd,kd->k", unit[rows], upstream[rows]).unsqueeze(-1)
+            part = torch.addcmul(upstream[rows], unit[rows], along, value=-1.0, out=gradient[rows])
+            part.div_(norm[rows])
+        return gradient
+
+
+def _row_runs(x: Tensor) -> list[slice]:
+    """Rows that stay in a CPU's cache from one operation to the next; all on another device."""
+    step = len(x) if x.device.type != "cpu" else max(1, _CACHED_BYTES // (4 * x.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(x), max(step, 1))]
+
+
+class _Split(torch.autograd.Function):
+    """Rows cut in parts. Where the gradient of every part stands in the part's own memory, as
+    `soft_cross_entropy` can leave it, that of the whole is there already and is not put together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.whole = x.detach()
+        # The same memory, but no views to autograd, which would forbid to write into them.
+        parts = tuple(
+            x.new_empty(0).set_(x.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+            for y in ctx.whole.split(sizes)
+        )
+        ctx.starts = [part.data_ptr() for part in parts]
+        return parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        whole, ctx.whole = ctx.whole, None
+        in_place = all(
+            part.data_ptr() == start and part.is_contiguous() and part.dtype == whole.dtype
+            for part, start in zip(upstream, ctx.starts, strict=True)
+            if part.numel()
+        )
+        return (whole if in_place else torch.cat(upstream)), None
 
 
 class DINOHead(nn.Module):
@@ -91,14 +131,14 @@ class DINOHead(nn.Module):
     def forward_parts(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Logits of several (n, in_dim) blocks of tokens, each a tensor of its own.
 
-        The MLP runs once over all of them. Logits are large: they are not made together and cut
-        apart, which going backward would mean to put them together again.
+        One pass for all of them. Logits are large: a part is a view of the whole, and its gradient
+        may take its memory (see `soft_cross_entropy`).
         """
         weight = self.last_layer.unit_rows()
         if torch.is_autocast_enabled(weight.device.type):
-            weight = weight.to(torch.get_autocast_dtype(weight.device.type))  # once for all parts
-        bottleneck = self._bottleneck(torch.cat(list(parts)))
-        return [F.linear(x, weight) for x in bottleneck.split([len(part) for part in parts])]
+            weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+        logits = F.linear(self._bottleneck(torch.cat(list(parts))), weight)
+        return list(_Split.apply(logits, [len(part) for part in parts]))  # type: ignore[arg-type]
 
     def _bottleneck(self, x: Tensor) -> Tensor:
         bottleneck = self.mlp(x)

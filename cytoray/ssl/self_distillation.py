@@ -141,10 +141,11 @@ class SelfDistillation(Method):
         views = batches[0].crops.global_crops.shape[1]
         with torch.autocast(logits.device.type, enabled=False):
             temp = batches[0].context.teacher_temp
-            aims = self.cls_targets(logits, temp=temp).split([len(x) for x in cls])
+            aims = self.cls_targets(logits, temp=temp, overwrite=True)
+            aims = aims.split([len(x) for x in cls])
             patch_aims: Sequence[Tensor | None] = [None] * len(batches)
             if patch_logits is not None:
-                whole = self.patch_targets(patch_logits, temp=temp)
+                whole = self.patch_targets(patch_logits, temp=temp, overwrite=True)
                 patch_aims = whole.split([len(x) for x in patches])
         return [
             _Targets(aim.unflatten(0, (-1, views)), patch_aim, x.unflatten(0, (-1, views)))

@@ -1,7 +1,9 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
 from cytoray.models.heads import DINOHead, PrototypeLayer, _UnitRows
+from cytoray.ssl.losses import soft_cross_entropy
 
 
 def _reference(head: DINOHead, x: torch.Tensor) -> torch.Tensor:
@@ -64,6 +66,26 @@ def test_parts_have_the_logits_and_gradients_of_the_whole():
     seeds = torch.randn_like(whole)
     got = torch.autograd.grad((torch.cat(logits) * seeds).sum(), list(head.parameters()))
     wanted = torch.autograd.grad((whole * seeds).sum(), list(head.parameters()))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overwrite", [(True, True), (True, False)])
+def test_parts_may_keep_their_gradients_in_their_own_memory(overwrite):
+    torch.manual_seed(0)
+    head = DINOHead(12, 20, hidden_dim=16, bottleneck_dim=8)
+    parts = [torch.randn(n, 12) for n in (3, 5)]
+    targets = [torch.softmax(torch.randn(len(part), 1, 20), -1) for part in parts]
+
+    def gradients(logits, in_place):
+        loss = sum(
+            soft_cross_entropy(x.unsqueeze(1), t, torch.ones(len(x)), temp=0.1, overwrite=o)
+            for x, t, o in zip(logits, targets, in_place, strict=True)
+        )
+        return torch.autograd.grad(3.0 * loss, list(head.parameters()))
+
+    got = gradients(head.forward_parts(parts), overwrite)
+    wanted = gradients(head.forward_parts(parts), (False, False))
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -48,12 +48,14 @@ def test_dino_loss_and_centre_against_lightly():
     lightly = pytest.importorskip("lightly.loss")
     torch.manual_seed(0)
     reference = lightly.DINOLoss(output_dim=16, student_temp=0.1, center_momentum=0.9)
-    centre = MovingCentre(16, momentum=0.9)
+    centre, frugal = MovingCentre(16, momentum=0.9), MovingCentre(16, momentum=0.9)
     for temp in (0.04, 0.05, 0.07):
         teacher = torch.randn(5, 2, 16)
         student = torch.randn(5, 6, 16, requires_grad=True)
         expected = reference(list(teacher.unbind(1)), list(student.unbind(1)), teacher_temp=temp)
         targets = centre(teacher.flatten(0, 1), temp=temp).unflatten(0, (5, 2))
+        again = frugal(teacher.flatten(0, 1).clone(), temp=temp, overwrite=True)
+        assert torch.equal(again.unflatten(0, (5, 2)), targets)
         got = dino_loss(student[:, :2], student[:, 2:], targets, student_temp=0.1, global_batch=5)
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
         wanted = torch.autograd.grad(expected, student)[0]
@@ -138,6 +140,7 @@ def test_sinkhorn_against_the_rewritten_matrix(temp):
         got.double(), _sinkhorn_by_rewriting(logits, temp), atol=1e-6, rtol=1e-4
     )
     torch.testing.assert_close(got.sum(1), torch.ones(12))
+    assert torch.equal(sinkhorn_knopp(logits.clone(), temp=temp, overwrite=True), got)
 
 
 def test_sinkhorn_spreads_mass_and_does_not_overflow():
