@@ -71,7 +71,8 @@ def _residual(
     block: Any, x: Tensor, sizes: Sizes, kept: tuple[Kept, Kept] | None, wanted: Tensor | None
 ) -> Tensor:
     if kept is None and type(block) is not Block:
-        x = _by_group(block, x, sizes)
+        # Not the block itself: hooks (FSDP's) surround this pass, and shall not run twice.
+        x = _by_group(block.forward, x, sizes)
         return x if wanted is None else x.index_select(0, wanted)
 
     def attend(rows: Tensor, groups: Sizes) -> Tensor:
@@ -118,8 +119,8 @@ def join_groups(groups: Sequence[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def _by_group(module: nn.Module, x: Tensor, sizes: Sizes) -> Tensor:
-    return join_groups([module(group) for group in split_groups(x, sizes)])
+def _by_group(run: Callable[[Tensor], Tensor], x: Tensor, sizes: Sizes) -> Tensor:
+    return join_groups([run(group) for group in split_groups(x, sizes)])
 
 
 def _attention(attn: Any, x: Tensor, sizes: Sizes) -> Tensor:

@@ -41,8 +41,11 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min_(1e-12)
-        unit = weight / norm
+        unit = torch.empty_like(weight)
+        norm = weight.new_empty(len(weight), 1)
+        for rows in _row_runs(weight):
+            torch.linalg.vector_norm(weight[rows], dim=-1, keepdim=True, out=norm[rows])
+            torch.div(weight[rows], norm[rows].clamp_min_(1e-12), out=unit[rows])
         ctx.save_for_backward(unit, norm)
         return unit
 

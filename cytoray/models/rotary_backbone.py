@@ -47,8 +47,8 @@ class _TimmNames:
         self._block, self._table, self._index = block, table, index
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._block(x, rope=self._table.of(x.shape[1], self._index))
+    def forward(self, x: Tensor) -> Tensor:
+        return self._block.forward(x, rope=self._table.of(x.shape[1], self._index))
 
     def attn(self, x: Tensor) -> Tensor:
         return self._block.attn(x, rope=self._table.of(x.shape[1], self._index))

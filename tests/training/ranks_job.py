@@ -46,6 +46,12 @@ def engine_configs() -> dict[str, PretrainConfig]:
         "dino": config(method="dino"),
         "micro-batches": config(accumulate=2),
         "fsdp": config(sharding="fsdp"),
+        "fsdp dinov3": config(
+            sharding="fsdp",
+            backbone=BackboneConfig(
+                name="vit_small_patch16_dinov3", kwargs=dict(base.backbone.kwargs)
+            ),
+        ),
         "fsdp with all else": config(
             sharding="fsdp",
             accumulate=2,
