@@ -15,8 +15,8 @@ import pandas as pd
 from cytoray.distributed.cells import facts_of_encoders, prepare_images
 from cytoray.distributed.evaluate import ANSWERS, EvaluationSettings, evaluate_piece
 from cytoray.distributed.pieces import Piece, run_pieces
-from cytoray.errors import InputError, choose, raise_problems
-from cytoray.evaluation import METRICS, PROBES, FewShotRun, few_shot_curve
+from cytoray.errors import InputError, raise_problems
+from cytoray.evaluation import METRICS, PROBES
 from cytoray.evaluation.bag_features import bag_features, open_stores, read_labels
 from cytoray.evaluation.protocol import MAPS, Examples, compare_encoders
 from cytoray.finetune import FITS, Cells, Columns, predictions_frame, read_cells
@@ -24,12 +24,13 @@ from cytoray.finetune.data import check_shots, split_counts
 from cytoray.io import atomic_path, atomic_write_text
 from cytoray.plain import json_ready
 from cytoray.progress import Progress, summary_table
-from cytoray.report.evaluation_page import evaluate_sections, interval_text
+from cytoray.report.evaluation_page import evaluate_sections
 from cytoray.report.page import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import quarantine_row, write_quarantine
 from cytoray.tracking import Tracker
 from pipelines.cell_jobs import begin, class_lines, split_of
+from pipelines.evaluate_report import curves_of, show, table_row
 
 MAY_CHANGE_HERE = MAY_CHANGE | {"cpus_per_task", "gpus_per_task", "experiment", "strict"}
 
@@ -153,7 +154,7 @@ def run(config: Config) -> dict[str, Any]:
     tracker.end_run(run_id, "FINISHED")
     sections = evaluate_sections(folder.path, settings.examples, settings.cells)
     write_report(folder.report_path, sections, "Evaluation of encoders", str(folder.path))
-    _show(summary)
+    show(summary)
     return summary | {"exit_code": 3 if config.strict and num_bad else 0}
 
 
@@ -202,6 +203,12 @@ def _bag_examples(config: Config) -> tuple[Examples, list[str], Any]:
     stores = open_stores(config.bags)
     made, missing = bag_features(list(stores.values()), cells, unit)
     keep = np.setdiff1d(np.arange(len(cells)), np.array(missing, dtype=np.int64))
+    if not len(keep):
+        there = ", ".join(next(iter(stores.values())).slide_ids[:3])
+        raise InputError(
+            f"not one {unit.removesuffix('_id')} of {config.labels} has features in all bags: the "
+            f"table has {', '.join(cells.names[:3])}, ..., the bags are of {there}, ..."
+        )
     kept = cells.without(missing)
 
     def start(folder: RunFolder, gpus: float, progress: Progress):
@@ -292,8 +299,8 @@ def _finish(
     comparisons = compare_encoders(
         answers, examples, config.metric, n=config.num_draws, seed=config.split_seed
     )
-    table = [_row(result) for result in probes]
-    curves = _curves(results)
+    table = [table_row(result) for result in probes]
+    curves = curves_of(results)
     frames = [
         predictions_frame(examples, examples.split.test, value, encoder=encoder, probe=probe)
         for (encoder, probe), value in answers.items()
@@ -333,57 +340,6 @@ def _finish(
         "mlflow_ui": tracker.ui_command(),
         "report": str(folder.report_path),
     }
-
-
-def _row(result: dict[str, Any]) -> dict[str, Any]:
-    row = {"encoder": result["encoder"], "probe": result["probe"]}
-    for metric, (value, low, high) in result["metrics"].items():
-        row |= {metric: value, f"{metric}_low": low, f"{metric}_high": high}
-    return row
-
-
-def _curves(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points of the few-shot curves: mean and t-interval over the seeds."""
-    points = []
-    for result in results:
-        if result["kind"] == "few_shot":
-            runs = [
-                FewShotRun(**run | {"metrics": {k: _number(v) for k, v in run["metrics"].items()}})
-                for run in result["runs"]
-            ]
-            points += [{"encoder": result["encoder"], **vars(p)} for p in few_shot_curve(runs)]
-    return points
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _show(summary: dict[str, Any]) -> None:
-    metric = choose("metric", summary["metric"], METRICS)
-    rows = [
-        (
-            f"{row['encoder']} {row['probe']}",
-            ", ".join(
-                f"{name} {interval_text(row[name], row[f'{name}_low'], row[f'{name}_high'])}"
-                for name in ("accuracy", "macro_f1", "auc")
-            ),
-        )
-        for row in summary["table"]
-    ]
-    summary_table("test part (95 % CI over groups)", rows)
-    pairs = [
-        (
-            f"{c['first']} - {c['second']} ({c['probe']})",
-            f"{c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f}), p {c['p_value']:.4f}, "
-            f"Holm {c['p_adjusted']:.4f}",
-        )
-        for c in summary["comparisons"]
-    ]
-    if pairs:
-        summary_table(f"difference in {metric}, paired over groups", pairs)
-    hidden = ("table", "comparisons", "few_shot", "parts", "attention_of")
-    summary_table("evaluate", {k: v for k, v in summary.items() if k not in hidden})
 
 
 if __name__ == "__main__":

@@ -173,6 +173,10 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(config, bags, tmp_pa
     assert "class red" in capsys.readouterr().out
     plan = evaluate.run(bag_config(config, bags, tmp_path / "o", dry_run=True))
     assert plan["encoders"] == "good, bad"
+    (tmp_path / "strange.csv").write_text("slide_id,label\nz1,0\nz2,1\n")
+    strange = bag_config(config, bags, tmp_path / "o", labels=tmp_path / "strange.csv")
+    with pytest.raises(InputError, match=r"not one slide of .* the table has z1, z2, .* of s0, s1"):
+        evaluate.run(strange)
     assert not (tmp_path / "o").exists()
 
 
