@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 KERNEL_TOKENS = 512  # rows of as many scores fit the registers of a kernel
-KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_TYPES = (torch.bfloat16, torch.float16)  # products of float32 are not for a kernel so large
 SORT_THREADS = 6  # up to as many threads, numpy's vectorised sort is ahead of torch.topk
 _ALIGNED = 8  # rows of bf16 weights start at multiples of 16 bytes, as fast products ask
 

@@ -10,7 +10,7 @@ from timm.models import eva, vision_transformer
 from torch import Tensor, nn
 
 from cytoray.errors import InputError
-from cytoray.models.encoder import read_encoder
+from cytoray.models.encoder import SPEC_FILE, WEIGHTS_FILE, read_encoder
 from cytoray.models.sr_transformer import SR_TABLES
 from cytoray.models.weight_files import read_weights
 
@@ -21,12 +21,15 @@ def read_start(source: str | Path) -> dict[str, Tensor]:
     """Weights of an encoder folder, of a checkpoint that holds one, or of a file.
 
     Args:
-        source: folder, `.safetensors` file, or PyTorch file without code in it.
+        source: such a folder (or one as the hub has it, with `model.safetensors`), a
+            `.safetensors` file, or a PyTorch file without code in it.
 
     Raises:
         InputError: neither there, or damaged.
     """
     path = Path(source).expanduser()
+    if (path / WEIGHTS_FILE).is_file() and not (path / SPEC_FILE).is_file():
+        return read_weights(path / WEIGHTS_FILE)
     if path.is_dir():
         return read_encoder(path / "encoder" if (path / "encoder").is_dir() else path)[0]
     return read_weights(path)

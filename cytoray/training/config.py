@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cytoray.errors import raise_problems
+from cytoray.errors import InputError, raise_problems
 from cytoray.models.architectures import published_normalisation, resolve_name, timm_options
 from cytoray.models.backbones import LoRAChoice, backbone_facts
-from cytoray.models.encoder import EncoderSpec, read_encoder
+from cytoray.models.encoder import SPEC_FILE, EncoderSpec, read_encoder
 from cytoray.models.sr_transformer import SRConfig
 from cytoray.ssl.augment import IMAGENET_MEAN, IMAGENET_STD
 from cytoray.ssl.losses import TARGETS
@@ -177,8 +177,12 @@ def normalisation(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and std of the crops: those of the weights one starts from, else ImageNet's."""
     backbone = config.backbone
-    if backbone.init_from and Path(backbone.init_from).expanduser().is_dir():
-        spec = read_encoder(backbone.init_from)[1]
+    start = Path(backbone.init_from).expanduser()
+    if backbone.init_from and not start.exists():
+        raise InputError(f"backbone.init_from: there is neither folder nor file at {start}")
+    start = start / "encoder" if (start / "encoder").is_dir() else start
+    if backbone.init_from and (start / SPEC_FILE).is_file():
+        spec = read_encoder(start)[1]
         return spec.mean, spec.std
     if backbone.pretrained or backbone.init_from:
         published = published_normalisation(backbone.name)

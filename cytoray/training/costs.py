@@ -21,8 +21,10 @@ from cytoray.models.backbones import Backbone
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig
 
-# A training step goes forward once and backward at twice the cost.
+# A training step goes forward once and backward at twice the cost; at once the cost through
+# weights that stay as they are.
 _TRAINING_PASSES = 3
+_FROZEN_PASSES = 2
 _ADAM_STATES = 2
 _FP32_BYTES = 4
 
@@ -96,7 +98,7 @@ def step_costs(config: PretrainConfig, *, precision: str = "bf16") -> StepCosts:
     return StepCosts(
         num_parameters=trained,
         num_backbone_parameters=sum(p.numel() for p in backbone.model.parameters()),
-        flops_per_tile=_TRAINING_PASSES * student_flops + teacher_flops,
+        flops_per_tile=student_flops + teacher_flops,
         state_bytes=_FP32_BYTES * (held + (1 + _ADAM_STATES) * trained),
         activation_bytes_per_tile=kept,
     )
@@ -109,28 +111,32 @@ def _frozen(module: nn.Module) -> int:
 def _crop_passes(
     config: PretrainConfig, student: Any, backbone: Backbone, precision: str, *, train: bool
 ) -> tuple[int, int]:
-    """FLOPs forward, and bytes kept for the backward pass, of all crops of one tile.
+    """FLOPs of a step, and bytes kept for the backward pass, of all crops of one tile.
 
     The teacher (`train` False) sees the global crops alone.
     """
     crops = config.crops
     heads = [m for name, m in student.named_children() if name != "backbone"]
     flops, kept = 0, 0
+    own, head_passes = 1, 1
+    if train:
+        own = _FROZEN_PASSES if config.backbone.lora.rank else _TRAINING_PASSES
+        head_passes = _TRAINING_PASSES
     sizes = [(crops.num_global, crops.global_px)]
     if train and crops.num_local:
         sizes.append((crops.num_local, crops.local_px))
     for number, side_px in sizes:
         side = (3, side_px, side_px)
         found, saved = _per_tile(lambda x: backbone(x).cls, side, number, backbone, precision)
-        flops, kept = flops + found, kept + saved
+        flops, kept = flops + own * found, kept + saved
         for head in heads:
             if _takes(head, backbone.embed_dim):
                 width = (backbone.embed_dim,)
                 found, saved = _per_tile(head, width, number, head, precision)
-                flops, kept = flops + found, kept + saved
+                flops, kept = flops + head_passes * found, kept + saved
     if not train:
         kept = 0
-    return flops + _patch_head_flops(config, student, backbone), kept
+    return flops + head_passes * _patch_head_flops(config, student, backbone), kept
 
 
 def _takes(head: nn.Module, width: int) -> bool:

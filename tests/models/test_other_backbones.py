@@ -193,6 +193,9 @@ def test_published_formats(tmp_path):
 def test_wrong_weights_and_files(tmp_path):
     small = _build("vit_tiny_patch16_224").encoder_weights()
     save_file(small, tmp_path / "w.safetensors")
+    (tmp_path / "as the hub has it").mkdir()
+    save_file(small, tmp_path / "as the hub has it" / "model.safetensors")
+    assert set(read_start(tmp_path / "as the hub has it")) == set(small)
     with pytest.raises(InputError, match="do not fit 'resnet18'"):
         build_backbone("resnet18", img_px=64, weights=read_start(tmp_path / "w.safetensors"))
     wide = copy.copy(TINY) | {"embed_dim": 32}

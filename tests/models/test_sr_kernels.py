@@ -157,9 +157,10 @@ def test_where_they_serve():
     values = torch.zeros(1, 1, 4, 8)
     assert not kernels_serve(values)
     if CUDA:
-        assert kernels_serve(values.cuda())
-        assert not kernels_serve(values.cuda().double())
-        assert not kernels_serve(torch.zeros(1, 1, KERNEL_TOKENS + 1, 8, device="cuda"))
+        half = values.cuda().bfloat16()
+        assert kernels_serve(half)
+        assert not kernels_serve(half.float())
+        assert not kernels_serve(half.expand(1, KERNEL_TOKENS + 1, 4, 8).transpose(1, 2))
 
 
 # What a launch compiles, made for a GPU that need not be there.

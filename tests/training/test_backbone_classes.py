@@ -173,8 +173,12 @@ def test_lora_trains_adapters_and_heads_alone(method, tmp_path):
     resumed.load_state_dict(engine.state_dict())
     batch = _batch(config, 9)
     assert torch.equal(resumed.step(batch, 3)["loss"], engine.step(batch, 3)["loss"])
-    full = step_costs(_config(method, BackboneConfig(kwargs=dict(TINY))))
-    assert step_costs(config).state_bytes < full.state_bytes
+    full, little = (
+        step_costs(_config(method, BackboneConfig(kwargs=dict(TINY)))),
+        step_costs(config),
+    )
+    assert little.state_bytes < full.state_bytes
+    assert little.flops_per_tile < full.flops_per_tile
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -78,3 +78,7 @@ def test_normalisation_follows_the_starting_weights(tmp_path):
     folder = save_encoder(tmp_path / "e", model.state_dict(), spec)
     again = PretrainConfig(backbone=BackboneConfig(kwargs=kwargs, init_from=str(folder)))
     assert normalisation(again) == (spec.mean, spec.std)
+    file = BackboneConfig(kwargs=kwargs, init_from=str(folder / "model.safetensors"))
+    assert normalisation(PretrainConfig(backbone=file)) == ((0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(InputError, match="neither folder nor file"):
+        normalisation(PretrainConfig(backbone=BackboneConfig(init_from=str(tmp_path / "no"))))
