@@ -26,6 +26,7 @@ from cytoray.streaming.tile_cache import TileCacheConfig, cache_key
 from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig
+from cytoray.training.config import normalisation
 from cytoray.training.costs import step_costs
 from pipelines.pretrain_report import (
     crop_policy,
@@ -150,6 +151,7 @@ def run(config: Config) -> dict[str, Any]:
     plan = read_plan(config)
     config, ssl, end_epoch = _settle_steps(config, plan)
     reader = _reader_config(config, plan)
+    normalisation(ssl)  # says so if the weights to start from are not there
     connect(config.address)
     use_gpu, share = _fit_cluster(config)
     if config.dry_run:

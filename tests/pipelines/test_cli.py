@@ -255,6 +255,8 @@ class TestWithAnIndex:
             (["--splits", "trian"], "no usable slide"),
             (["--nuclei", "tabel"], "unknown nuclei source 'tabel'; valid: auto, detect, table"),
             (["--detector", "x"], "unknown detector 'x'; valid: "),
+            (["--ssl.backbone.init-from", "/no.pth"], "neither folder nor file at /no.pth"),
+            (["--ssl.backbone.lora.rank", 4], "set backbone.pretrained or"),
             (["--epochs", 0], "--epochs must be above 0"),
             (["--checkpoint-every", 0], "--checkpoint-every must be 1 or more, not 0"),
             (["--log-every", 0], "--log-every must be 1 or more, not 0"),
