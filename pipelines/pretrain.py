@@ -142,6 +142,11 @@ class Config:
                 f"a batch of {self.ssl.batch_size} tiles cannot be shared equally by "
                 f"{self.workers} workers; make --ssl.batch-size a multiple of {self.workers}"
             )
+        elif self.workers >= 1 and self.ssl.batch_size // self.workers < self.ssl.accumulate:
+            problems.append(
+                f"{self.workers} workers have {self.ssl.batch_size // self.workers} tiles each for "
+                f"{self.ssl.accumulate} micro-batches; lower --ssl.accumulate"
+            )
         raise_problems("this pretraining cannot be run:", problems)
 
 

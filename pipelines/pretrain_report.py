@@ -19,8 +19,9 @@ from cytoray.report.pretraining import example_attention, example_views, pretrai
 from cytoray.runs import RunFolder
 from cytoray.streaming.plan import ReadPlan, has_nuclei_table
 from cytoray.tracking import Tracker, keep_going, send_pending
-from cytoray.training import PretrainConfig, latest_checkpoint
+from cytoray.training import PretrainConfig, encoder_spec, latest_checkpoint
 from cytoray.training.costs import step_costs
+from cytoray.training.sharding import resolve_sharding
 
 if TYPE_CHECKING:
     from pipelines.pretrain import Config as Pretrain
@@ -48,14 +49,23 @@ def _costs(config: Pretrain, ssl: PretrainConfig, use_gpu: bool) -> dict[str, An
     """Parameters, work and memory of the run as the dry run prints them."""
     fp32 = ssl.precision == "fp32" or (ssl.precision == "auto" and not use_gpu)
     costs = step_costs(ssl, precision="fp32" if fp32 else "bf16")
-    share = ssl.batch_size // config.workers
+    at_once = -(-ssl.batch_size // (config.workers * ssl.accumulate))
+    spec = encoder_spec(ssl)
+    sharding = resolve_sharding(
+        ssl,
+        world_size=config.workers,
+        embed_dim=spec.embed_dim,
+        is_transformer=spec.patch_px > 0,
+    )
+    shards = config.workers if sharding == "fsdp" else 1
     flops = costs.flops_per_tile * ssl.batch_size * ssl.total_steps
     return {
         "parameters": f"{costs.num_parameters / 1e6:.1f} M trained, "
         f"{costs.num_backbone_parameters / 1e6:.1f} M of them the encoder",
         "work": f"{costs.flops_per_tile / 1e9:.1f} GFLOP a tile, {flops / 1e15:,.3g} PFLOP in all",
-        "memory": f"at least {costs.memory_bytes(share) / 2**30:.1f} GiB a worker with {share} "
-        f"tiles ({costs.state_bytes / 2**30:.1f} GiB of it weights and optimiser)",
+        "memory": f"at least {costs.memory_bytes(at_once, shards) / 2**30:.1f} GiB a worker with "
+        f"{at_once} tiles at once ({costs.state_bytes / shards / 2**30:.1f} GiB of it weights and "
+        "optimiser)",
         "hours": f"at least {flops / config.workers / 3.6e18:,.3g} where a worker sustains 1 "
         "PFLOP/s; `cytoray plan` measures your own",
     }

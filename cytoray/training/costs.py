@@ -60,7 +60,8 @@ class StepCosts:
         num_parameters: parameters that are trained.
         num_backbone_parameters: those of the encoder that is exported.
         flops_per_tile: floating-point operations of a training step for one tile (a
-            multiply-add is two).
+            multiply-add is two), as the recipe is published: the tokens of the last block that
+            nothing asks for are counted, though the step leaves them out.
         state_bytes: weights of student and teacher, gradients and the optimiser's moments.
         activation_bytes_per_tile: what the autograd graph keeps for one tile.
     """
@@ -71,9 +72,14 @@ class StepCosts:
     state_bytes: int
     activation_bytes_per_tile: int
 
-    def memory_bytes(self, tiles: int) -> int:
-        """Least memory of a device that trains on `tiles` tiles at once."""
-        return self.state_bytes + tiles * self.activation_bytes_per_tile
+    def memory_bytes(self, tiles: int, shards: int = 1) -> int:
+        """Least memory of a device that trains on `tiles` tiles at once.
+
+        Args:
+            tiles: of a micro-batch.
+            shards: devices that the state is cut over.
+        """
+        return self.state_bytes // shards + tiles * self.activation_bytes_per_tile
 
 
 def step_costs(config: PretrainConfig, *, precision: str = "bf16") -> StepCosts:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from cytoray.models.backbones import ViTBackbone
+from cytoray.models.conv_backbone import ConvBackbone
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -32,6 +33,6 @@ def set_block_passes(
     pack = device.type == "cuda" if pack_crops is None else pack_crops
     compiled = can_compile(device) if compiled is None else compiled
     for backbone in method.modules():
-        if isinstance(backbone, ViTBackbone):
+        if isinstance(backbone, ViTBackbone | ConvBackbone):
             backbone.pack = pack
             backbone.compile_backend = "inductor" if compiled else None

@@ -18,7 +18,7 @@ from cytoray.errors import InputError
 from cytoray.models.transfer import to_device
 from cytoray.perturb.views import VIEW_COLUMN
 from cytoray.ssl.augment import render_views
-from cytoray.ssl.base import Crops, Method, MicroBatch, StepContext
+from cytoray.ssl.base import Crops, MicroBatch, StepContext
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig, normalisation
 from cytoray.training.devices import resolve_precision, set_block_passes
@@ -81,8 +81,12 @@ class PretrainEngine:
         set_block_passes(
             self.method, self.device, pack_crops=config.pack_crops, compiled=config.compile
         )
+        encoder = self.method.encoder()
         self.sharding = resolve_sharding(
-            config.sharding, world_size=world_size, embed_dim=_sharded_width(config, self.method)
+            config,
+            world_size=world_size,
+            embed_dim=encoder.embed_dim,
+            is_transformer=encoder.is_transformer,
         )
         self._model = share_method(
             self.method, self.sharding, device=self.device, bf16=self.precision == "bf16"
@@ -271,12 +275,6 @@ class PretrainEngine:
         Under `fsdp` all ranks must call it; rank 0 alone gets the tensors.
         """
         return gathered(self.method.encoder().encoder_weights(), keep=self.rank == 0)
-
-
-def _sharded_width(config: PretrainConfig, method: Method) -> int:
-    """Width that tells whether sharding pays: 0 for a ResNet, and for a base shared by LoRA."""
-    encoder = method.encoder()
-    return encoder.embed_dim if encoder.is_transformer and not config.backbone.lora.rank else 0
 
 
 def _check_world(rank: int, world_size: int) -> None:

@@ -8,7 +8,7 @@ parameters are put together when the block is run. The numbers are the same eith
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cytoray.ssl.base import Method
 
-Sharding = Literal["auto", "ddp", "fsdp"]
+if TYPE_CHECKING:
+    from cytoray.training.config import PretrainConfig
+
 SHARDED_WIDTH = 1024  # ViT-L; below it the copies are small beside the activations
 # Methods other than `forward` that run a module and so need its parameters.
 _RUNS = ("encode", "forward_parts", "residual")
 
 
-def resolve_sharding(sharding: Sharding, *, world_size: int, embed_dim: int) -> str:
-    """`none` for one rank, else `ddp` or `fsdp`; `auto` shards from ViT-L on."""
+def resolve_sharding(
+    config: PretrainConfig, *, world_size: int, embed_dim: int, is_transformer: bool
+) -> str:
+    """`none` for one rank, else `ddp` or `fsdp`.
+
+    `auto` shards from ViT-L on, but no ResNet, and no encoder of which LoRA trains a little.
+    """
     if world_size == 1:
         return "none"
-    if sharding == "auto":
-        return "fsdp" if embed_dim >= SHARDED_WIDTH else "ddp"
-    return sharding
+    if config.sharding != "auto":
+        return config.sharding
+    pays = is_transformer and not config.backbone.lora.rank and embed_dim >= SHARDED_WIDTH
+    return "fsdp" if pays else "ddp"
 
 
 def share_method(method: Method, sharding: str, *, device: torch.device, bf16: bool) -> nn.Module:

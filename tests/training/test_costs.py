@@ -70,6 +70,7 @@ def test_activations_grow_with_precision_and_shrink_with_recomputing() -> None:
     assert spared < small / 2
     costs = step_costs(RUN)
     assert costs.memory_bytes(5) == costs.state_bytes + 5 * small
+    assert costs.memory_bytes(5, shards=4) == costs.state_bytes // 4 + 5 * small
 
 
 def test_a_giant_is_described_without_its_memory() -> None:

@@ -15,6 +15,7 @@ from cytoray.training import (
     encoder_spec,
 )
 from cytoray.training.config import normalisation
+from cytoray.training.sharding import resolve_sharding
 
 
 def test_every_problem_is_reported_at_once():
@@ -82,3 +83,26 @@ def test_normalisation_follows_the_starting_weights(tmp_path):
     assert normalisation(PretrainConfig(backbone=file)) == ((0.5,) * 3, (0.5,) * 3)
     with pytest.raises(InputError, match="neither folder nor file"):
         normalisation(PretrainConfig(backbone=BackboneConfig(init_from=str(tmp_path / "no"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "workers", "chosen"),
+    [
+        ("vit_large_patch16_224", {}, 8, "fsdp"),
+        ("vit_large_patch16_224", {}, 1, "none"),
+        ("vit_large_patch16_224", {"sharding": "ddp"}, 8, "ddp"),
+        ("vit_base_patch16_224", {}, 8, "ddp"),
+        ("vit_base_patch16_224", {"sharding": "fsdp"}, 8, "fsdp"),
+        ("resnet50", {"method": "dino"}, 8, "ddp"),
+    ],
+)
+def test_sharding_follows_the_size_of_the_encoder(name, changes, workers, chosen):
+    config = PretrainConfig(backbone=BackboneConfig(name=name), **changes)
+    spec = encoder_spec(config)
+    got = resolve_sharding(
+        config,
+        world_size=workers,
+        embed_dim=spec.embed_dim,
+        is_transformer=spec.patch_px > 0,
+    )
+    assert got == chosen
