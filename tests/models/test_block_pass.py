@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -137,13 +135,3 @@ def test_blocks_share_one_code_for_each_crop_size(monkeypatch, dropping, times):
         drop = DropRows([(rows, rows[1:])] * 4, 1.5) if dropping else None
         backbone.encode([CropGroup(x, drop=drop) for x in images])
     assert counter.frame_count == times
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
-def test_code_made_for_the_cpu_is_the_block():
-    backbone, px = _backbone()
-    groups = _groups(px)
-    expected = _tokens_and_gradients(backbone, groups)
-    backbone.compile_backend = "inductor"
-    _assert_alike(_tokens_and_gradients(backbone, groups), expected)
