@@ -153,8 +153,17 @@ class Drill:
             starts = [e for e in read_events(out / "events.jsonl") if e["event"] == "start"]
             return [starts[-1]["pid"]]
         found = [p.pid for p in psutil.process_iter() if READER in " ".join(_command(p))]
-        self.random.shuffle(found)
-        return found
+        ours = [pid for pid in found if self.is_ours(pid)]
+        self.random.shuffle(ours)
+        return ours
+
+    def is_ours(self, pid: int) -> bool:
+        """Whether a process belongs to the Ray of this drill and no other."""
+        try:
+            parents = psutil.Process(pid).parents()
+        except psutil.Error:
+            return False
+        return any(str(self.folder) in word for parent in parents for word in _command(parent))
 
     def wait(self, pid: int, poll: Callable[[], bool]) -> int:
         """Exit code of a driver, negative when it was killed."""
