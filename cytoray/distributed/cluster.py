@@ -166,12 +166,14 @@ def share_cpus(
     rest = total_cpus - workers * per_worker - 0.1
     per_reader = 1.0 if rest >= 2 else 0.4
     fit = max(1, int(rest / per_reader + 1e-9))
-    most = min(fit, max_readers) if max_readers else fit
+    most = max(1, min(fit, max_readers) if max_readers else fit)
     return Share(
         cpus_per_worker=per_worker,
         cpus_per_reader=per_reader,
-        min_readers=1,
-        max_readers=max(1, most),
+        # The few readers of a small machine start at once; Ray Data would hold the CPUs of the
+        # second one back.
+        min_readers=most if per_reader < 1 else 1,
+        max_readers=most,
     )
 
 

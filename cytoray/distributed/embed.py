@@ -195,7 +195,7 @@ def _stream(
     readers = max(1, int(rest / reader_cpus + 1e-6))
     shared = Shared(replace(plan, chunk_numbers=chunks))
     dataset = ray.data.read_datasource(
-        Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1
+        Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1, concurrency=1
     ).map_batches(
         ReadChunks,  # type: ignore[arg-type]
         fn_constructor_args=(shared, meter),

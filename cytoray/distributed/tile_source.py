@@ -184,6 +184,7 @@ def tile_blocks(
         Positions(start, stop, together=_CHUNKS_PER_TASK),
         num_cpus=share.cpus_source,
         override_num_blocks=1,
+        concurrency=1,  # lists that wait for their turn would hold the CPUs of readers
     ).map_batches(
         ReadTiles,  # type: ignore[arg-type]
         fn_constructor_args=(plan, order, config, meter),

@@ -30,7 +30,8 @@ def test_workers_readers_and_source_fit_at_once_where_they_can(cpus, workers) ->
 def test_two_workers_on_two_cores() -> None:
     share = share_cpus(2, 2, cpus_per_worker=None, max_readers=None)
     assert share.cpus_per_worker == 0.5
-    assert share.min_readers == 1
+    assert (share.min_readers, share.max_readers) == (2, 2)
+    assert share_cpus(16, 2, cpus_per_worker=None, max_readers=None).min_readers == 1
 
 
 def test_what_was_asked_is_given() -> None:
