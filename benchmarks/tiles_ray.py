@@ -1,10 +1,13 @@
 """Tiles from slides through Ray Data, end to end on all cores: ours against ratiopath.
 
-    python -m benchmarks.tiles_ray --slides DIR [--tile-px 256] [--rounds 3] [--max-slides 32]
+    python -m benchmarks.tiles_ray --slides DIR [--tile-px 256] [--rounds 2] [--max-slides 33]
+        [--repeat 2]
 
 Both read every tile of the finest level of the same slides into blocks that the driver iterates
-over, in turn; starting the actors or tasks counts, starting Ray does not. ratiopath (1.0.3) is
-compared where it is installed: `python -m venv DIR && DIR/bin/pip install -e . ratiopath==1.0.3`.
+over, in turn; starting the actors or tasks counts, starting Ray and the helper actors of Ray Data
+does not. With --repeat N each slide stands N times in both lists, as that many slides: a cohort is
+larger than what a start weighs. ratiopath (1.0.3) is compared where it is installed:
+`python -m venv DIR && DIR/bin/pip install -e . ratiopath==1.0.3`.
 The last line is JSON: tiles_per_s; vs_ratiopath, the median ratio of the rounds (above 1, ours is
 faster), null where it is not installed.
 """
@@ -24,12 +27,7 @@ import pyarrow as pa
 import ray.data
 
 from cytoray.distributed.cluster import Shared, connect
-from cytoray.distributed.tile_source import (
-    Positions,
-    ReadChunks,
-    quiet_data_context,
-    unpack_chunk,
-)
+from cytoray.distributed.tile_source import ReadChunks, chunk_dataset, unpack_chunk
 from cytoray.errors import SlideError
 from cytoray.slides import Grid, ResolvedMpp, SlideGrid, open_slide
 from cytoray.streaming.plan import ReadPlan, make_plan
@@ -44,7 +42,7 @@ except ImportError:
     read_slides = None
 
 
-def find_slides(folder: Path, tile_px: int, most: int) -> pa.Table:
+def find_slides(folder: Path, tile_px: int, most: int, repeat: int = 1) -> pa.Table:
     """Rows as a slide table has them, every tile kept; mpp 1 stands for the slide's own scale."""
     rows = []
     for path in sorted(folder.iterdir()):
@@ -72,25 +70,20 @@ def find_slides(folder: Path, tile_px: int, most: int) -> pa.Table:
         )
         if len(rows) == most:
             break
+    rows = [row | {"slide_id": f"{row['slide_id']}-{i}"} for i in range(repeat) for row in rows]
     masks = pa.array([row.pop("keep_masks") for row in rows], pa.list_(pa.uint64()))
     return pa.Table.from_pylist(rows).append_column("keep_masks", masks)
 
 
 def read_ours(plan: ReadPlan, cpus: int) -> Iterator[int]:
     """Tiles of each block, through the stages that embedding reads with."""
-    context = ray.data.DataContext.get_current()
-    quiet_data_context()
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = 1
-    dataset = ray.data.read_datasource(
-        Positions(0, plan.num_chunks), num_cpus=0.1, override_num_blocks=1
-    ).map_batches(
-        ReadChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(Shared(plan),),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=(cpus - 0.1) / cpus,
-        compute=ray.data.ActorPoolStrategy(min_size=cpus, max_size=cpus),
+    dataset = chunk_dataset(
+        ReadChunks,
+        (Shared(plan),),
+        start=0,
+        stop=plan.num_chunks,
+        cpus_per_reader=(cpus - 0.1) / cpus,
+        max_readers=cpus,
     )
     tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     for table in tables:
@@ -139,15 +132,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tiles through Ray Data, side by side.")
     parser.add_argument("--slides", type=Path, required=True, help="folder of slides")
     parser.add_argument("--tile-px", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-slides", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-slides", type=int, default=33)
+    parser.add_argument("--repeat", type=int, default=2, help="times that each slide is listed")
     options = parser.parse_args()
     if not options.slides.is_dir():
         parser.exit(2, f"{options.slides} is not a folder\n")
-    table = find_slides(options.slides, options.tile_px, options.max_slides)
+    table = find_slides(options.slides, options.tile_px, options.max_slides, options.repeat)
     plan = make_plan(table, tile_px=options.tile_px, mpp=1.0)
     connect()
     cpus = int(ray.cluster_resources()["CPU"])
+    ray.data.range(1).materialize()  # starts the helper actors of Ray Data
     ways: dict[str, Callable[[], Iterator[int]]] = {"ours": lambda: read_ours(plan, cpus)}
     if read_slides is not None:
         paths = table["path"].to_pylist()

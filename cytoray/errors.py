@@ -63,3 +63,10 @@ class SlideError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]"
+
+
+def reason_code(text: str) -> str:
+    """The reason code at the end of a `SlideError` that was made a string; else `decode_error`."""
+    message, _, code = text.rpartition(" [")
+    known = message and code.endswith("]") and code[:-1].isidentifier()
+    return code[:-1] if known else "decode_error"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from cytoray.config import to_plain
 from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.embed import EncoderChoice, embed_slides
 from cytoray.errors import InputError
+from cytoray.patience import PARTIAL, Patience, ReadTries
 from cytoray.progress import Progress, summary_table
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.slides import merge_quarantine
@@ -30,6 +33,9 @@ class Config:
         pretrained: for a timm name: its published weights (needs a connection), else random ones.
         encoders: encoder actors, one GPU each where there are GPUs.
         use_gpu: embed on GPUs; default: when the cluster has them.
+        timeout_s: seconds that opening a slide, or reading one of its chunks, may take before its
+            reader is ended; 0: any time.
+        max_tries: a slide whose reader died or was ended this often at one place is quarantined.
         strict: exit with code 3 when a tile or slide could not be read.
         resume: go on with the bags in `out`.
         address: a running Ray cluster; default: start one here.
@@ -41,6 +47,8 @@ class Config:
     pretrained: bool = True
     encoders: int = 1
     use_gpu: bool | None = None
+    timeout_s: float = 600.0
+    max_tries: int = 2
     strict: bool = False
     resume: bool = False
     address: str | None = None
@@ -48,6 +56,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.encoders < 1:
             raise InputError(f"--encoders must be 1 or more, not {self.encoders}")
+        Patience(timeout_s=self.timeout_s, max_tries=self.max_tries)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -67,14 +76,24 @@ def run(config: Config) -> dict[str, Any]:
         ],
         hint="ask for fewer --encoders or add nodes",
     )
-    folder = RunFolder.open(
-        config.out, "embed", to_plain(config), config.resume, MAY_CHANGE | {"encoders", "use_gpu"}
-    )
+    may_change = MAY_CHANGE | {"encoders", "use_gpu", "timeout_s", "max_tries"}
+    folder = RunFolder.open(config.out, "embed", to_plain(config), config.resume, may_change)
     bags = folder.path / "bags"
+    partial = folder.path / PARTIAL
+    patience = Patience(
+        timeout_s=config.timeout_s, max_tries=config.max_tries, run_token=secrets.token_hex(8)
+    )
     with Progress(f"embed {plan.slides.num_rows:,} slides") as progress:
         done = embed_slides(
-            plan, choice, bags, progress=progress, use_gpu=use_gpu, num_encoders=config.encoders
+            plan,
+            choice,
+            bags,
+            progress=progress,
+            use_gpu=use_gpu,
+            num_encoders=config.encoders,
+            tries=ReadTries(folder=str(partial), patience=patience),
         )
+    shutil.rmtree(partial, ignore_errors=True)
     table = merge_quarantine(
         done.quarantine, folder.path / "quarantine.parquet", redone=done.tried, stage="embed"
     )

@@ -15,8 +15,9 @@ from cytoray.config import to_plain
 from cytoray.distributed.cluster import connect
 from cytoray.distributed.index import index_slides, merge_parts
 from cytoray.errors import InputError, raise_problems
-from cytoray.indexing import PARTIAL, IndexSettings, Patience
+from cytoray.indexing import IndexSettings
 from cytoray.nuclei import DETECTORS
+from cytoray.patience import PARTIAL, Patience
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_qc
 from cytoray.runs import RunFolder

@@ -18,6 +18,7 @@ from cytoray.distributed.train_worker import LoopSettings
 from cytoray.distributed.watch import EventWatch
 from cytoray.errors import InputError, choose, raise_problems
 from cytoray.nuclei import DETECTORS
+from cytoray.patience import PARTIAL, Patience, ReadTries
 from cytoray.progress import Progress, summary_table
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.streaming import ChunkOrder
@@ -41,7 +42,7 @@ _MAY_CHANGE = MAY_CHANGE | {
     "cpus_per_worker", "max_readers", "max_failures", "use_gpu", "checkpoint_every",
     "keep_checkpoints", "log_every", "experiment", "accumulate", "sharding", "compile",
     "pack_crops", "checkpoint_blocks", "cache_tiles", "probe_cells", "probe_every",
-    "stop_on_collapse", "log_tiles", "share_pictures",
+    "stop_on_collapse", "timeout_s", "max_tries", "log_tiles", "share_pictures",
 }  # fmt: skip
 
 
@@ -68,6 +69,9 @@ class Config:
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest checkpoints kept.
         log_every: steps between logged metrics.
+        timeout_s: seconds that opening a slide, or reading one of its chunks, may take before its
+            reader is ended; 0: any time.
+        max_tries: a slide whose reader died or was ended this often at one place is given up.
         max_failures: worker failures the run survives by itself.
         cache_tiles: GB of each node's disk (below CYTORAY_CACHE_DIR) for tiles and nuclei that were
             read; they are taken from there in later epochs. 0: slides are read in every epoch.
@@ -102,6 +106,8 @@ class Config:
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     log_every: int = 10
+    timeout_s: float = 600.0
+    max_tries: int = 2
     max_failures: int = 3
     cache_tiles: float = 0.0
     probe_cells: Path | None = None
@@ -148,6 +154,7 @@ class Config:
                 f"{self.ssl.accumulate} micro-batches; lower --ssl.accumulate"
             )
         raise_problems("this pretraining cannot be run:", problems)
+        Patience(timeout_s=self.timeout_s, max_tries=self.max_tries)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -172,9 +179,12 @@ def run(config: Config) -> dict[str, Any]:
     run_id = tracker.start_run(
         title, params=to_plain(config), tags={"cytoray.job": "pretrain"}, key=folder.run_id
     )
+    patience = Patience(timeout_s=config.timeout_s, max_tries=config.max_tries)
     settings = LoopSettings(
         ssl=ssl,
-        reader=reader,
+        reader=replace(
+            reader, tries=ReadTries(folder=str(folder.path / PARTIAL), patience=patience)
+        ),
         order=ChunkOrder(
             num_chunks=plan.num_chunks, seed=ssl.seed, shuffle_chunks=config.shuffle_chunks
         ),
@@ -207,6 +217,7 @@ def run(config: Config) -> dict[str, Any]:
             max_failures=config.max_failures,
             name=f"pretrain-{folder.run_id[:8]}-{int(time.time())}",
         )
+    shutil.rmtree(folder.path / PARTIAL, ignore_errors=True)
     end_tracking(folder, tracker, run_id, failed=bool(error))
     if error:
         raise InputError(

@@ -23,15 +23,15 @@ from cytoray.distributed.stage_meter import (
     stage_meter,
 )
 from cytoray.distributed.tile_source import (
-    Positions,
     ReadChunks,
+    chunk_dataset,
     pack_chunk,
-    quiet_data_context,
     unpack_chunk,
 )
-from cytoray.errors import InputError
+from cytoray.errors import InputError, reason_code
 from cytoray.mil import Bag, BagMeta, open_bags, write_bag
 from cytoray.models.encoder import Encoder, load_encoder
+from cytoray.patience import GIVEN_UP, ReadTries
 from cytoray.progress import Progress
 from cytoray.slides import quarantine_row
 from cytoray.streaming.plan import ReadPlan
@@ -110,6 +110,7 @@ def embed_slides(
     progress: Progress,
     use_gpu: bool,
     num_encoders: int,
+    tries: ReadTries | None = None,
 ) -> Embedded:
     """Write a bag for every slide of the plan; a slide that has one of this encoder is passed over.
 
@@ -120,6 +121,7 @@ def embed_slides(
         progress: shown while it runs.
         use_gpu: one GPU for each encoder actor.
         num_encoders: encoder actors.
+        tries: when a slide that hangs or crashes its reader is given up.
     """
     encoder = choice.load()
     encoder_id = encoder.encoder_id
@@ -135,7 +137,7 @@ def embed_slides(
     done = total - len(wanted)
     tiles = 0
     with stage_meter() as meter, StageWatch(meter, EMBED_STAGES, progress):
-        for columns in _stream(plan, chunks, choice, use_gpu, num_encoders, meter):
+        for columns in _stream(plan, chunks, choice, use_gpu, num_encoders, meter, tries):
             tiles += len(columns["tile_id"])
             done += writer.add(columns)
             progress.update("tiles", tiles, int(_tiles(plan, chunks)), "tiles")
@@ -183,28 +185,22 @@ def _stream(
     use_gpu: bool,
     num_encoders: int,
     meter: str,
+    tries: ReadTries | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    context = ray.data.DataContext.get_current()
-    quiet_data_context()
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = 1  # one chunk to a block
     cpus = ray.cluster_resources().get("CPU", 1.0)
     encoder_cpus = 1.0 if use_gpu else max(0.5, (cpus - 0.6) / num_encoders)
     rest = cpus - 0.1 - num_encoders * encoder_cpus
     reader_cpus = 1.0 if rest >= 2 else 0.4
     readers = max(1, int(rest / reader_cpus + 1e-6))
     shared = Shared(replace(plan, chunk_numbers=chunks))
-    dataset = ray.data.read_datasource(
-        Positions(0, len(chunks)), num_cpus=0.1, override_num_blocks=1, concurrency=1
+    dataset = chunk_dataset(
+        ReadChunks,
+        (shared, meter, tries),
+        start=0,
+        stop=len(chunks),
+        cpus_per_reader=reader_cpus,
+        max_readers=readers,
     ).map_batches(
-        ReadChunks,  # type: ignore[arg-type]
-        fn_constructor_args=(shared, meter),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=reader_cpus,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=readers),
-    )
-    dataset = dataset.map_batches(
         EmbedChunks,  # type: ignore[arg-type]
         fn_constructor_args=(choice, use_gpu, max(1, round(encoder_cpus)), meter),
         batch_size=None,
@@ -251,12 +247,15 @@ class _BagWriter:
             name: self.plan.slides.column(name)[self._slide].as_py()
             for name in ("slide_id", "path", "mpp_x")
         }
-        good = columns["error"] == ""
-        if not good.any():
-            self._refuse(row, "", f"not one tile could be read, no bag: {columns['error'][0]}")
+        errors = columns["error"]
+        good = errors == ""
+        given_up = [e for e in np.unique(errors).tolist() if reason_code(e) in GIVEN_UP]
+        if given_up or not good.any():
+            why = given_up[0] if given_up else f"not one tile could be read: {errors[0]}"
+            self._refuse(row, "", f"no bag: {why}")
             return 0
         for i in np.flatnonzero(~good):
-            self._refuse(row, str(columns["tile_id"][i]), str(columns["error"][i]))
+            self._refuse(row, str(columns["tile_id"][i]), str(errors[i]))
         meta = BagMeta(
             slide_id=row["slide_id"],
             tile_px=self.plan.tile_px,
@@ -274,6 +273,6 @@ class _BagWriter:
     def _refuse(self, row: dict[str, Any], region: str, message: str) -> None:
         self.quarantine.append(
             quarantine_row(
-                row["slide_id"], row["path"], "embed", "decode_error", message, region=region
+                row["slide_id"], row["path"], "embed", reason_code(message), message, region=region
             )
         )

@@ -13,16 +13,18 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cytoray.progress import Progress
-from cytoray.runs import RunFolder
 from cytoray.stages import Stage, StageTotals, StageWindow
+
+if TYPE_CHECKING:  # what readers import is time until their first tile
+    from cytoray.progress import Progress
+    from cytoray.runs import RunFolder
 
 _NAMESPACE = "cytoray"
 _REPORT_EVERY_S = 1.0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -17,6 +19,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from cytoray.distributed.cluster import Share, Shared
 from cytoray.distributed.stage_meter import DETECT, PERTURB, READ, READERS, Reporter
+from cytoray.patience import ReadTries
 from cytoray.streaming import ChunkOrder
 from cytoray.streaming.tile_pixels import ChunkTiles
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
@@ -89,9 +92,9 @@ class ReadTiles:
 class ReadChunks:
     """Ray Data stage: chunk number -> one row with its kept tiles, nothing done to them."""
 
-    def __init__(self, plan: Shared, meter: str = "") -> None:
+    def __init__(self, plan: Shared, meter: str = "", tries: ReadTries | None = None) -> None:
         cv2.setNumThreads(1)  # the actor's share is one core
-        self.tiles = ChunkTiles(plan.get())
+        self.tiles = ChunkTiles(plan.get(), tries)
         self.reporter = Reporter(meter, READERS)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -171,33 +174,74 @@ def tile_blocks(
         reserved_gpus: likewise.
         meter: name of the meter the readers report to.
     """
-    context = ray.data.DataContext.get_current()
-    quiet_data_context()
-    context.execution_options.preserve_order = True
-    context.execution_options.exclude_resources = type(context.execution_options.exclude_resources)(
+    if config.tries is not None:
+        config = replace(config, tries=config.tries.renewed(secrets.token_hex(8)))
+    options = ray.data.DataContext.get_current().execution_options
+    options.exclude_resources = type(options.exclude_resources)(
         cpu=reserved_cpus, gpu=reserved_gpus
     )
-    # Blocks are passed on when they are larger than this: positions by the task, int64 each, and
-    # every chunk for itself.
-    context.target_max_block_size = 8 * _CHUNKS_PER_TASK - 1
-    dataset = ray.data.read_datasource(
-        Positions(start, stop, together=_CHUNKS_PER_TASK),
-        num_cpus=share.cpus_source,
-        override_num_blocks=1,
-        concurrency=1,  # lists that wait for their turn would hold the CPUs of readers
-    ).map_batches(
-        ReadTiles,  # type: ignore[arg-type]
-        fn_constructor_args=(plan, order, config, meter),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=share.cpus_per_reader,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=share.min_readers, max_size=share.max_readers, max_tasks_in_flight_per_actor=2
-        ),
+    dataset = chunk_dataset(
+        ReadTiles,
+        (plan, order, config, meter),
+        start=start,
+        stop=stop,
+        cpus_source=share.cpus_source,
+        cpus_per_reader=share.cpus_per_reader,
+        min_readers=share.min_readers,
+        max_readers=share.max_readers,
     )
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:
             yield entry.ref
+
+
+def chunk_dataset(
+    stage: type,
+    arguments: tuple[Any, ...],
+    *,
+    start: int,
+    stop: int,
+    cpus_per_reader: float,
+    max_readers: int,
+    min_readers: int = 1,
+    cpus_source: float = 0.1,
+) -> ray.data.Dataset:
+    """Positions [start, stop) through reading actors; one block a position, in order.
+
+    Args:
+        stage: `ReadTiles` or `ReadChunks`.
+        arguments: of its constructor.
+        start: first position.
+        stop: position after the last.
+        cpus_per_reader: CPUs of an actor.
+        max_readers: actors at most, and at first: Ray Data adds them seconds apart.
+        min_readers: actors without which nothing starts.
+        cpus_source: CPUs of the task that lists the positions.
+    """
+    quiet_data_context()
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    # Blocks are passed on when they are larger than this: positions by the task, int64 each, and
+    # every chunk for itself.
+    context.target_max_block_size = 8 * _CHUNKS_PER_TASK - 1
+    return ray.data.read_datasource(
+        Positions(start, stop, together=_CHUNKS_PER_TASK),
+        num_cpus=cpus_source,
+        override_num_blocks=1,
+        concurrency=1,  # lists that wait for their turn would hold the CPUs of readers
+    ).map_batches(
+        stage,  # type: ignore[arg-type]
+        fn_constructor_args=arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=cpus_per_reader,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min_readers,
+            max_size=max_readers,
+            initial_size=max_readers,
+            max_tasks_in_flight_per_actor=2,
+        ),
+    )
 
 
 def quiet_data_context() -> None:

@@ -16,6 +16,8 @@ from cytoray.distributed.tile_source import unpack_chunk
 from cytoray.streaming import StreamPosition
 
 _POLL_S = 0.002
+# Batches in a row without one readable tile: after so many it is not a slide, it is the storage.
+_MOST_BLIND = 16
 
 
 @dataclass
@@ -112,13 +114,17 @@ class TileStream:
         self._thread.start()
 
     def _fetch(self) -> None:
-        step = 0
+        step, blind, spare = 0, 0, None
         try:
             while not self._ahead.closed:
                 got: Any = ray.get(self._dealer.share_of.remote(step, self._rank))
-                self._ahead.put(None if got is None else self._assemble(got))
                 if got is None:
+                    self._ahead.put(None)
                     return
+                batch = self._assemble(got)
+                spare = replace_invalid(batch, spare if blind < _MOST_BLIND else None)
+                blind = blind + 1 if len(batch.invalid) == len(batch.columns["error"]) else 0
+                self._ahead.put(batch)
                 step += 1
         except BaseException as error:
             self._ahead.put(error)
@@ -131,9 +137,7 @@ class TileStream:
             for block, (_, start, stop) in zip(blocks, got["slices"], strict=True)
         ]
         columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        batch = TileBatch(columns=columns, after=got["after"], tiles=got["tiles"])
-        replace_invalid(batch)
-        return batch
+        return TileBatch(columns=columns, after=got["after"], tiles=got["tiles"])
 
     def __iter__(self) -> Iterator[TileBatch]:
         while True:
@@ -151,27 +155,40 @@ class TileStream:
         self._ahead.close()
 
 
-def replace_invalid(batch: TileBatch) -> None:
-    """Put a readable tile of the batch in the place of each unreadable one, and note which.
+def replace_invalid(
+    batch: TileBatch, spare: dict[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Put a readable tile in the place of each unreadable one, and note which.
 
     A tile that cannot be decoded while training (it could when the slide was indexed, or its slide
     was not read whole then) is quarantined; every rank still needs batches of equal size.
 
+    Args:
+        batch: changed in place.
+        spare: a readable tile of an earlier batch, for one that has none (all of it may come from
+            a slide that was given up).
+
+    Returns:
+        A readable tile: columns of one row.
+
     Raises:
-        RuntimeError: not one tile of the batch could be read.
+        RuntimeError: not one tile of the batch could be read, and there is no spare one.
     """
     columns = batch.columns
     errors = columns["error"]
-    bad = np.flatnonzero(errors != "")
-    if not bad.size:
-        return
     good = np.flatnonzero(errors == "")
-    if not good.size:
+    if good.size:
+        spare = {name: values[good[:1]] for name, values in columns.items()}
+    bad = np.flatnonzero(errors != "")
+    if spare is None:
         raise RuntimeError(f"no tile of a batch could be read; the first: {errors[bad[0]]}")
+    if not bad.size:
+        return spare
     batch.invalid = [(str(columns["tile_id"][i]), str(errors[i])) for i in bad]
-    stand_in = good[np.arange(len(bad)) % len(good)]
     for name, values in columns.items():
         if name not in ("tile_id", "error"):
+            stand_ins = values[good] if good.size else spare[name]
             values = values.copy() if not values.flags.writeable else values
-            values[bad] = values[stand_in]
+            values[bad] = stand_ins[np.arange(len(bad)) % len(stand_ins)]
             columns[name] = values
+    return spare

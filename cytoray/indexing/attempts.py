@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import faulthandler
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cytoray.errors import SlideError
 from cytoray.indexing.journal import Journal
-
-PARTIAL = "partial"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long and how often a slide may be tried.
-
-    Attributes:
-        timeout_s: seconds that opening a slide, or one of its chunks, may take; 0: any time.
-        max_tries: a slide whose process died this often at the same chunk is quarantined.
-        run_token: names the run; tries of another run do not count (a run that was stopped has
-            killed its readers itself).
-    """
-
-    timeout_s: float = 600.0
-    max_tries: int = 2
-    run_token: str = ""
+from cytoray.patience import PARTIAL, Patience, ended_after
 
 
 class Attempt:
@@ -62,13 +42,7 @@ class Attempt:
         if tries >= patience.max_tries:
             hung = self._hung.exists() and self._hung.stat().st_size > 0
             self.close(finished=True)
-            if hung:
-                raise SlideError(
-                    "timed_out",
-                    f"a step took longer than {patience.timeout_s:g} s, {tries} times; if the "
-                    "storage is that slow, allow more with --timeout-s",
-                )
-            raise SlideError("reader_crashed", f"the process reading it died {tries} times")
+            raise patience.given_up(tries, hung=hung)
         self._journal.append({"try_of": patience.run_token})
 
     def _tries_in_vain(self) -> int:
@@ -96,18 +70,10 @@ class Attempt:
     def step(self) -> Iterator[None]:
         """End the whole process when what is inside takes longer than the time allowed.
 
-        The watch is a thread of the interpreter's own that needs no lock, so it also ends a native
-        call that never returns; the stack is left in the partial folder.
+        The stack is then left in the partial folder.
         """
-        if not self.patience.timeout_s:
+        with open(self._hung, "wb") as trace, ended_after(self.patience.timeout_s, trace):
             yield
-            return
-        with open(self._hung, "w") as trace:
-            faulthandler.dump_traceback_later(self.patience.timeout_s, exit=True, file=trace)
-            try:
-                yield
-            finally:
-                faulthandler.cancel_dump_traceback_later()
 
     def close(self, *, finished: bool) -> None:
         """End the try; with `finished` the slide's result is safe and what led to it goes."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from cytoray.config import to_plain
 from cytoray.errors import InputError, SlideError
-from cytoray.indexing.attempts import Attempt, Patience
+from cytoray.indexing.attempts import Attempt
 from cytoray.indexing.chunks import SlideChunks, focus_byte, focus_columns
 from cytoray.indexing.parts import (
     IndexedSlide,
@@ -32,6 +32,7 @@ from cytoray.nuclei import (
     build_detector,
     check_on_foreground,
 )
+from cytoray.patience import Patience
 from cytoray.report import qc_images
 from cytoray.slides import (
     DEFAULT_KEEP_SHARE,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from scipy.spatial import KDTree
 
 _SECOND_X = np.array([[1, -2, 1]], np.float32)
 _SECOND_Y = _SECOND_X.T.copy()
@@ -96,6 +95,8 @@ def suppress(
     Returns:
         int64 (K,): the kept indices, best first.
     """
+    from scipy.spatial import KDTree  # here: it would be most of what a reader's start costs
+
     order = np.argsort(-score, kind="stable")
     if len(order) < 2:
         return order

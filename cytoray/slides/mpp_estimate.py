@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.spatial import KDTree
 
 from cytoray.errors import SlideError
 from cytoray.slides.foreground import background_rgb, optical_density
@@ -90,6 +89,8 @@ def lasting_radii_px(pixels: np.ndarray, detector: PixelDetector) -> np.ndarray:
     Returns:
         float64 (N,), pixels.
     """
+    from scipy.spatial import KDTree  # here: it would be most of what a reader's start costs
+
     found = []
     for number, mpp in enumerate(ASSUMED_MPP):
         nuclei = np.asarray(detector(pixels, mpp), np.float64).reshape(-1, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 
+import cv2
 import numpy as np
 import openslide
 
@@ -84,7 +85,7 @@ def flatten_alpha(rgba: np.ndarray, background_rgb: tuple[int, int, int]) -> np.
     """
     alpha = rgba[..., 3]
     if alpha.min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
+        return cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
     weight = alpha[..., None].astype(np.float32) / 255
     background = np.asarray(background_rgb, np.float32)
     blended = rgba[..., :3] * weight + background * (1 - weight)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cytoray.errors import SlideError
+from cytoray.patience import ReadTries
 from cytoray.slides import (
     ChunkPixels,
     Grid,
@@ -24,6 +26,7 @@ from cytoray.slides import (
     read_region_px,
     tile_id,
 )
+from cytoray.slides.remote import stage
 from cytoray.streaming.plan import ReadPlan
 
 _OPEN_SLIDES = 4
@@ -35,10 +38,17 @@ STACK_COLUMNS = ("z_paths", "z_planes")
 
 
 class OpenSlides:
-    """The few slides a process has open, least recently used closed first."""
+    """The few slides a process has open, least recently used closed first.
 
-    def __init__(self, plan: ReadPlan) -> None:
+    Args:
+        plan: the slides.
+        tries: ends this process where reading a chunk hangs, and gives up slides that ended enough
+            of them; None in a process that nobody would start again.
+    """
+
+    def __init__(self, plan: ReadPlan, tries: ReadTries | None = None) -> None:
         self.plan = plan
+        self.tries = tries
         self.grid = Grid(tile_px=plan.tile_px, mpp=plan.mpp)
         self._open: OrderedDict[int, SlideReader] = OrderedDict()
 
@@ -59,17 +69,24 @@ class OpenSlides:
         """Read the chunk at (column, row) of a slide.
 
         Raises:
-            SlideError: the slide cannot be opened any more.
+            SlideError: the slide cannot be opened any more, or was given up (see `ReadTries`).
         """
         scale, layout = self.layout(slide)
-        return read_chunk(
-            self._reader(slide),
-            scale,
-            self.grid,
-            *place,
-            halo_px=halo_px,
-            z_index=self._plane(slide, layout.chunk_index(*place)),
-        )
+        chunk_index = layout.chunk_index(*place)
+        with ExitStack() as held:
+            if self.tries is not None:
+                if slide not in self._open:  # downloads have time limits of their own
+                    for path in self._paths(slide):
+                        held.enter_context(stage(path))
+                held.enter_context(self.tries.reading(slide, chunk_index))
+            return read_chunk(
+                self._reader(slide),
+                scale,
+                self.grid,
+                *place,
+                halo_px=halo_px,
+                z_index=self._plane(slide, chunk_index),
+            )
 
     def read_tile(self, slide: int, name: str) -> np.ndarray:
         """Read one tile by its id; uint8 (S, S, 3).
@@ -106,6 +123,10 @@ class OpenSlides:
                 self._open[slide] = self._opened(slide)
         return self._open[slide]
 
+    def _paths(self, slide: int) -> list[str]:
+        """The slide's files: one, or one a focal plane."""
+        return self._value("z_paths", slide).as_py() or [self.row(slide)["path"]]
+
     def _opened(self, slide: int) -> SlideReader:
         row = self.row(slide) | {"z_paths": self._value("z_paths", slide).as_py()}
         return open_row(row, reader=row["reader"], verify=False)
@@ -126,11 +147,11 @@ class OpenSlides:
 
 
 class ChunkTiles:
-    """Kept tiles of a chunk, as they are on the slide."""
+    """Kept tiles of a chunk, as they are on the slide; for the arguments see `OpenSlides`."""
 
-    def __init__(self, plan: ReadPlan) -> None:
+    def __init__(self, plan: ReadPlan, tries: ReadTries | None = None) -> None:
         self.plan = plan
-        self.slides = OpenSlides(plan)
+        self.slides = OpenSlides(plan, tries)
 
     def read(self, position: int) -> dict[str, np.ndarray]:
         """Tiles of one chunk.

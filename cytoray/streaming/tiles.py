@@ -12,6 +12,7 @@ import numpy as np
 
 from cytoray.errors import SlideError, raise_problems
 from cytoray.nuclei import build_detector, read_nuclei
+from cytoray.patience import ReadTries
 from cytoray.perturb import NUM_VIEW_PARAMS, CropPolicy, nuclei_centred_views, tile_rng
 from cytoray.slides import ChunkPixels, chunk_id, mask_indices, tile_id
 from cytoray.streaming.chunk_nuclei import (
@@ -68,6 +69,7 @@ class TileReaderConfig:
         detector: name of the detector used when there is no table.
         detector_kwargs: its options.
         cache: keep tiles on the node's disk for later epochs; None: read the slides every time.
+        tries: see `OpenSlides`.
     """
 
     seed: int
@@ -77,6 +79,7 @@ class TileReaderConfig:
     detector: str = "classical"
     detector_kwargs: dict[str, Any] = field(default_factory=dict)
     cache: TileCacheConfig | None = None
+    tries: ReadTries | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class TileReader:
         self.plan = plan
         self.order = order
         self.config = config
-        self.slides = OpenSlides(plan)
+        self.slides = OpenSlides(plan, config.tries)
         self.grid = self.slides.grid
         self._cache = None if config.cache is None else TileCache(config.cache)
         self._nuclei: OrderedDict[int, np.ndarray] = OrderedDict()

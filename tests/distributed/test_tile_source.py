@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from cytoray.distributed import tile_source
 from cytoray.distributed.cluster import Shared, share_cpus
 from cytoray.distributed.tile_source import Positions, pack_chunk, tile_blocks, unpack_chunk
+from cytoray.patience import Patience, ReadTries
 from cytoray.perturb import CROP_POLICIES
 from cytoray.streaming import ChunkOrder
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
@@ -109,3 +113,56 @@ def test_blocks_come_in_reading_order_one_a_chunk(ray_cluster, read_plan, nuclei
         assert np.array_equal(chunk["views"], alone["views"])
         count += 1
     assert count == stop - start
+
+
+class DeadlyReadTiles(tile_source.ReadTiles):
+    """Opening one slide ends the process, as a native library would that meets a bad file."""
+
+    def __init__(self, plan, order, config, meter="") -> None:
+        super().__init__(plan, order, config, meter)
+        slides = self.reader.slides
+        inner = slides._opened
+
+        def opened(slide: int):
+            if slide == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(slide)
+
+        slides._opened = opened
+
+
+@pytest.mark.ray
+def test_a_slide_that_kills_its_readers_is_given_up_and_the_order_holds(
+    ray_cluster, read_plan, nuclei_dir, tmp_path, monkeypatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(tile_source, "ReadTiles", DeadlyReadTiles)
+    order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=5, shuffle_chunks=4)
+    config = TileReaderConfig(seed=5, policy=POLICY, nuclei_dir=nuclei_dir)
+    tries = ReadTries(folder=str(tmp_path), patience=Patience(max_tries=1))
+    blocks = tile_blocks(
+        Shared(read_plan),
+        order,
+        replace(config, tries=tries),
+        share_cpus(4, 1, cpus_per_worker=1, max_readers=2),
+        start=0,
+        stop=read_plan.num_chunks,
+        reserved_cpus=1,
+        reserved_gpus=0,
+    )
+    reader = TileReader(read_plan, order, config)
+    count = lost = 0
+    for position, reference in enumerate(blocks):
+        chunk = unpack_chunk(ray.get(reference), 0, None)
+        alone = reader.read(position)
+        assert chunk["tile_id"].tolist() == alone["tile_id"].tolist()
+        slide = read_plan.slide_of(order.chunks(np.array([position]))[1])
+        if slide == [1]:
+            assert set(chunk["error"]) == {"the process reading it died 1 times [reader_crashed]"}
+            lost += 1
+        else:
+            assert np.array_equal(chunk["pixels"], alone["pixels"])
+            assert set(chunk["error"]) == {""}
+        count += 1
+    assert 0 < lost < count == read_plan.num_chunks

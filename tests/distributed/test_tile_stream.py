@@ -58,6 +58,18 @@ def test_a_batch_without_one_readable_tile_ends_the_run() -> None:
         replace_invalid(batch_of(["torn", "lost"]))
 
 
+def test_a_batch_without_one_readable_tile_gets_a_tile_of_an_earlier_one() -> None:
+    earlier = batch_of(["torn", "", ""])
+    spare = replace_invalid(earlier)
+    batch = batch_of(["torn", "lost"])
+    assert replace_invalid(batch, spare) is spare
+    assert batch.invalid == [("t0", "torn"), ("t1", "lost")]
+    assert batch.columns["tile_id"].tolist() == ["t0", "t1"]
+    for i in range(2):
+        assert np.array_equal(batch.columns["pixels"][i], earlier.columns["pixels"][1])
+    assert batch.columns["num_nuclei"].tolist() == [1, 1]
+
+
 def taken(busy_s: float, ready_after_s: float) -> tuple[float, float]:
     """Take a batch made ready late, on a device that is busy for a while: (waited, in all)."""
     ahead, waits = Ahead(2), []

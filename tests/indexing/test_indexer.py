@@ -15,13 +15,13 @@ import pytest
 from cytoray.indexing import (
     IndexedSlide,
     IndexSettings,
-    Patience,
     SlideIndexer,
     is_finished,
     part_path,
     read_indexed,
 )
 from cytoray.nuclei import read_nuclei
+from cytoray.patience import Patience
 from cytoray.slides import Grid, mask_indices, parse_tile_id, read_manifest
 from cytoray.synthetic import (
     anucleate_slide,
@@ -214,7 +214,7 @@ KILL_AT = """
 import os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
-from cytoray.indexing import Patience
+from cytoray.patience import Patience
 from tests.indexing.test_indexer import SETTINGS
 from cytoray.indexing import SlideIndexer
 import json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from cytoray.errors import SlideError
 from cytoray.slides import fingerprint, open_slide, read_manifest
-from cytoray.slides.remote import DownloadPolicy, SlideCache, remote_slide
+from cytoray.slides.remote import DownloadPolicy, SlideCache, remote_slide, retry
 from cytoray.slides.remote.download import stated_checksums
 
 from .conftest import cell_picture, write_slide
@@ -60,6 +61,7 @@ def cache(tmp_path) -> SlideCache:
 def _default_cache_here(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CYTORAY_CACHE_DIR", str(tmp_path / "default"))
     monkeypatch.setenv("CYTORAY_CACHE_GB", "0.1")
+    monkeypatch.setattr(retry, "_silent_since", {})
 
 
 def code_of(cache: SlideCache, url: str) -> tuple[str, str]:
@@ -192,3 +194,28 @@ def test_a_manifest_on_s3_with_paths_beside_it(s3):
     assert rows["path"].to_pylist() == [s3.url, "s3://slides/none.svs"]
     with open_slide(rows["path"][0].as_py()) as slide:
         assert slide.info.width_px_level0 == 900
+
+
+def test_a_store_that_is_down_costs_its_tries_once(s3, cache, monkeypatch):
+    """Behind the first slide that got no answer the others are tried once, until it is back."""
+    tries = []
+    monkeypatch.setattr(retry.time, "sleep", tries.append)
+    nobody = socket.create_server(("127.0.0.1", 0))  # a port of our own, closed again
+    port = nobody.getsockname()[1]
+    nobody.close()
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        type(s3.fs).clear_instance_cache()
+        code, message = code_of(cache, "s3://slides/other.svs")
+        assert (code, len(tries)) == ("download_failed", QUICK.tries - 1)
+        assert "in 3 tries" in message
+        tries.clear()
+        for name in ("b", "c"):
+            code, message = code_of(cache, f"s3://slides/{name}.svs")
+            assert code == "download_failed"
+            assert "1 try" in message
+        assert tries == []
+    type(s3.fs).clear_instance_cache()
+    with cache.stage(s3.url) as staged:  # it is back
+        assert Path(staged.path).stat().st_size == s3.slide.stat().st_size
+    assert "s3://slides" not in retry._silent_since

@@ -97,6 +97,7 @@ def _fetch_bytes(file: RemoteFile, partial: Path, policy: DownloadPolicy) -> Non
             before = out.seek(0, os.SEEK_END)
             try:
                 _copy(file, out, policy.block_bytes, from_start)
+                attempts.succeeded()
                 break
             except NoRangesError:
                 from_start = True

@@ -96,6 +96,7 @@ def remote_slide(
             raise
         except Exception as error:  # each file system has exceptions of its own
             attempts.failed(error)
+    attempts.succeeded()
     _known[url] = found
     while len(_known) > _KNOWN_SLIDES:
         _known.popitem(last=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cytoray.errors import SlideError
-from cytoray.slides.remote.urls import redact, where_credentials
+from cytoray.slides.remote.urls import redact, store_of, where_credentials
 
 _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "SSOTokenLoadError",
@@ -37,6 +37,12 @@ class DownloadPolicy:
     block_bytes: int = 8 << 20
 
 
+# A store that gave no answer to all tries of one slide is tried once for each of the next slides,
+# for so long. Else a store that is down costs every slide of a cohort all its tries.
+SILENT_FOR_S = 60.0
+_silent_since: dict[str, float] = {}
+
+
 class Attempts:
     """Counts failures of one download, waits between them, and says when it is enough."""
 
@@ -51,21 +57,38 @@ class Attempts:
         Raises:
             SlideError: trying again is of no use (`missing_file`, `access_denied`), or it was
                 tried often enough (`download_failed`; `checksum_mismatch` when it was the
-                client library that compared).
+                client library that compared). Once is enough of a store that has just left all
+                tries of another slide without an answer.
         """
         final = refusal(error, self.url)
         if final is not None:
             raise final from None
         self.failures = 1 if progressed else self.failures + 1
-        if self.failures >= self.policy.tries:
-            corrupt = "checksum" in type(error).__name__.lower()
+        causes = list(_causes(error))
+        corrupt = "checksum" in type(error).__name__.lower()
+        answered = progressed or corrupt or any(_http_status(cause) for cause in causes)
+        given_up = not answered and self._store_is_silent()
+        if given_up or self.failures >= self.policy.tries:
+            if not answered:
+                _silent_since[store_of(self.url)] = time.monotonic()
+            tries = f"{self.failures} tries"
+            if given_up:
+                tries = "1 try (an earlier slide got no answer either)"
             raise SlideError(
                 "checksum_mismatch" if corrupt else "download_failed",
-                f"{redact(self.url)} could not be read in {self.failures} tries; the last one: "
-                f"{_in_a_line(list(_causes(error))[-1])}",
+                f"{redact(self.url)} could not be read in {tries}; the last one: "
+                f"{_in_a_line(causes[-1])}",
             ) from None
         wait_s = self.policy.first_wait_s * 2 ** (self.failures - 1)
         time.sleep(min(self.policy.max_wait_s, wait_s) * random.uniform(1.0, 1.5))
+
+    def _store_is_silent(self) -> bool:
+        since = _silent_since.get(store_of(self.url))
+        return since is not None and time.monotonic() - since < SILENT_FOR_S
+
+    def succeeded(self) -> None:
+        """The store answers (again): its next slides get all their tries."""
+        _silent_since.pop(store_of(self.url), None)
 
 
 def refusal(error: Exception, url: str) -> SlideError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -64,6 +65,11 @@ def redact(text: str) -> str:
     return _QUERY_VALUE.sub(r"\1=***", _SIGNED_IN.sub("://***@", text))
 
 
+def store_of(url: str) -> str:
+    """What answers for a URL: protocol and bucket (or host) of the store."""
+    return "/".join(url.rsplit("::", 1)[-1].split("/", 3)[:3]).lower()
+
+
 def protocol_of(url: str) -> str:
     """The protocol that reaches the store, e.g. `s3`; the last one of a chained URL."""
     return url.rsplit("::", 1)[-1].split("://", 1)[0].lower()
@@ -104,7 +110,8 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         InputError: unknown protocol, or a package is missing.
     """
     _check_protocol(url)
-    return fsspec.url_to_fs(url, **(_http_options() if url.lower().startswith("http") else {}))
+    options = next((make for start, make in _OPTIONS if url.lower().startswith(start)), dict)
+    return fsspec.url_to_fs(url, **options())
 
 
 def where_credentials(url: str) -> str:
@@ -138,3 +145,16 @@ def _http_options() -> dict[str, Any]:
     for protocol in ("http", "https"):
         client |= conf.get(protocol, {}).get("client_kwargs", {})
     return {"client_kwargs": client}
+
+
+def _s3_options() -> dict[str, Any]:
+    """One attempt a request: trying again is `Attempts`' part, and the two would multiply."""
+    config: dict[str, Any] = {}
+    for protocol in ("s3", "s3a"):
+        config |= conf.get(protocol, {}).get("config_kwargs", {})
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        config = {"retries": {"max_attempts": 0}} | config
+    return {"config_kwargs": config} if config else {}
+
+
+_OPTIONS = (("http", _http_options), ("s3", _s3_options))
