@@ -5,8 +5,9 @@
 `--masks` holds one image per image, of the same stem, white (above 127) in nuclei. Detections are
 matched one to one with the centroids of the white components. Speed is measured on one core, on a
 2048 px chunk at 0.5 um/px put together from the images. `--detector all` compares those that need
-nothing else, side by side. The last line is JSON: of the detector, or of the one with the best F1
-and under `compared` of each.
+nothing else, side by side. `--looks` scores the images in other looks too (grey, less stain,
+Giemsa, H&E, dark, blurred, noisy, coarser, finer; see `nuclei_looks`). The last line is JSON: of
+the detector, or of the one with the best F1 and under `compared` of each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import cv2
 import numpy as np
 import torch
 
+from benchmarks.nuclei_looks import LOOKS
 from cytoray.errors import InputError
 from cytoray.nuclei import (
     DETECTORS,
@@ -64,14 +66,20 @@ def find_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
 
 
 def score_folder(
-    detect: Detector, pairs: Sequence[tuple[Path, Path]], mpp: float, radius_px: float
+    detect: Detector,
+    pairs: Sequence[tuple[Path, Path]],
+    mpp: float,
+    radius_px: float,
+    look: str = "as it is",
 ) -> list[DetectionScore]:
-    """Score of every image."""
+    """Score of every image in one of `LOOKS`."""
     scores = []
+    change, scale = LOOKS[look]
     for image, mask_path in pairs:
-        found = detect(read_image(image), mpp)
+        found = detect(change(read_image(image)), mpp / scale)
         truth = mask_centroids(read_image(mask_path)[..., 0])
-        scores.append(score_detections(found[:, :2], truth, radius_px))
+        found_xy = (found[:, :2] + 0.5) / scale - 0.5
+        scores.append(score_detections(found_xy, truth, radius_px))
     return scores
 
 
@@ -118,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = f"{', '.join(DETECTORS)}; all: {' and '.join(COMPARED)}"
     parser.add_argument("--detector", default="classical", help=names)
     parser.add_argument("--per-image", action="store_true", help="one line per image")
+    parser.add_argument("--looks", action="store_true", help="score other looks of them too")
     options = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -125,17 +134,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = COMPARED if options.detector == "all" else (options.detector,)
         detectors = [build_detector(name) for name in wanted]
         pairs = find_pairs(options.images, options.masks)
-        scores = [score_folder(d, pairs, options.mpp, options.radius_px) for d in detectors]
+        looks = LOOKS if options.looks else ("as it is",)
+        scores = [
+            {look: score_folder(d, pairs, options.mpp, options.radius_px, look) for look in looks}
+            for d in detectors
+        ]
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     chunk = speed_chunk([read_image(image) for image, _ in pairs[:16]])
     speeds = tiles_per_second(detectors, chunk)
     results = []
-    for name, per_image, speed in zip(wanted, scores, speeds, strict=True):
+    for name, by_look, speed in zip(wanted, scores, speeds, strict=True):
+        per_image = by_look["as it is"]
         pooled = pool_scores(per_image)
         images = [image.name for image, _ in pairs] if options.per_image else []
-        report([*zip(images, per_image, strict=False), (f"{name}, {len(pairs)}", pooled)])
+        others = {look: pool_scores(found) for look, found in by_look.items() if options.looks}
+        total = (f"{name}, {len(pairs)}", pooled)
+        report([*zip(images, per_image, strict=False), *others.items(), total])
         results.append(
             {
                 "detector": name,
@@ -147,6 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "mpp": options.mpp,
                 "radius_px": options.radius_px,
                 "tiles_per_s_core": round(speed, 1),
+                **(
+                    {"f1_by_look": {k: round(v.f1, 4) for k, v in others.items()}} if others else {}
+                ),
             }
         )
     best = max(results, key=lambda result: result["f1"])
