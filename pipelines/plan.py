@@ -18,6 +18,7 @@ from cytoray.planning import (
     NodeGroup,
     SlideMeasure,
     Work,
+    cache_line,
     flops_per_tile,
     forecast,
     forecast_lines,
@@ -31,6 +32,7 @@ from cytoray.planning.device import bound_rate, crop_flops, measure_encoder, mea
 from cytoray.planning.nodes import gpu_model, total_cpus, total_gpus
 from cytoray.progress import Progress, summary_table
 from cytoray.slides import Grid, read_manifest
+from cytoray.slides.remote import default_cache, is_remote
 from cytoray.training import PretrainConfig
 from pipelines.pretrain import Config as Pretrain
 from pipelines.pretrain_report import crop_policy
@@ -166,6 +168,10 @@ def run(config: Config) -> dict[str, Any]:
         text = json.dumps({"config": to_plain(config)} | summary, indent=2)
         atomic_write_text(config.out / "plan.json", text + "\n")
     lines = forecast_lines(result, work, measured, nodes)
+    sizes = [m.file_bytes for m, row in zip(measured, rows, strict=True) if is_remote(row["path"])]
+    if sizes:
+        remote_bytes = work.num_slides * sum(sizes) / len(rows)
+        lines["node cache"] = cache_line(remote_bytes, default_cache().max_bytes, config.job)
     if config.out is not None:
         lines["written"] = str(config.out / "plan.json")
     summary_table(f"plan: {config.job}; nothing was started", lines)

@@ -6,7 +6,7 @@ from cytoray.planning.forecast import Forecast, Work, forecast
 from cytoray.planning.measure import MeasureSettings, SlideMeasure, measure_slide
 from cytoray.planning.nodes import NodeGroup, parse_nodes
 from cytoray.planning.sample import IndexFacts, index_facts, sample_slides, usable_rows
-from cytoray.planning.show import forecast_lines
+from cytoray.planning.show import cache_line, forecast_lines
 
 __all__ = [
     "DeviceRate",
@@ -17,6 +17,7 @@ __all__ = [
     "NodeGroup",
     "SlideMeasure",
     "Work",
+    "cache_line",
     "estimate",
     "flops_per_tile",
     "forecast",

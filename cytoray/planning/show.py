@@ -46,6 +46,25 @@ def forecast_lines(
     return rows
 
 
+def cache_line(remote_bytes: float, cache_bytes: int, job: str) -> str:
+    """What becomes of slides that are staged to the nodes' caches.
+
+    Args:
+        remote_bytes: size of all remote slides together.
+        cache_bytes: what a node's cache may hold.
+        job: what is planned.
+    """
+    text = f"{remote_bytes / 1e9:,.1f} GB of remote slides, {cache_bytes / 1e9:,.1f} GB on a node"
+    if remote_bytes <= cache_bytes:
+        return f"{text}: each node fetches a slide once at the most"
+    if job != "pretrain":
+        return f"{text}: slides go when they are done, each is fetched once by each of its readers"
+    return (
+        f"{text}: slides are read in mixed order, so they are fetched again and again; raise "
+        "CYTORAY_CACHE_GB, use --cache-tiles, or copy them near the nodes"
+    )
+
+
 def shown(interval: Interval, unit: str = "") -> str:
     """`1,234 (1,100 to 1,400)`, with the unit behind."""
     unit = f" {unit}" if unit else ""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cytoray.planning import DeviceRate, SlideMeasure, Work, forecast, parse_nodes
+from cytoray.planning import DeviceRate, SlideMeasure, Work, cache_line, forecast, parse_nodes
 
 NODES = parse_nodes("4x16cpu@0.5,1x40cpu+8xH100@20")  # 104 CPUs, 22 an hour
 SLIDE = SlideMeasure(
@@ -76,3 +76,12 @@ def test_a_bound_is_called_one() -> None:
     bound = DeviceRate(tiles_per_s=500.0, source="bound", what="a bound")
     work = Work(job="embed", num_slides=100, tile_px=224)
     assert forecast([SLIDE, SLIDE], work, NODES, bound).is_bound
+
+
+def test_remote_slides_that_do_not_fit_a_nodes_cache_are_said_to_be_fetched_again() -> None:
+    fits = cache_line(5e9, 10**10, "pretrain")
+    assert "5.0 GB of remote slides, 10.0 GB on a node" in fits
+    assert "once" in fits
+    assert "CYTORAY_CACHE_GB" in cache_line(2e10, 10**10, "pretrain")
+    for job in ("index", "embed"):
+        assert "again" not in cache_line(2e10, 10**10, job)
