@@ -83,10 +83,10 @@ def flatten_alpha(rgba: np.ndarray, background_rgb: tuple[int, int, int]) -> np.
 
     Transparent pixels were never scanned. Nearly every region is opaque and takes the fast path.
     """
-    alpha = rgba[..., 3]
-    if alpha.min() == 255:
+    # As little-endian words alpha is the top byte, so the least word is opaque only if all are.
+    if np.ascontiguousarray(rgba).view("<u4").min() >= 0xFF000000:
         return cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
-    weight = alpha[..., None].astype(np.float32) / 255
+    weight = rgba[..., 3:].astype(np.float32) / 255
     background = np.asarray(background_rgb, np.float32)
     blended = rgba[..., :3] * weight + background * (1 - weight)
     return np.rint(blended).astype(np.uint8)
