@@ -144,8 +144,9 @@ def load_head(folder: str | Path) -> MILHead:
         states[part][key] = value
     config = from_plain(MILConfig, facts["config"])
     tasks = {task: tuple(names) for task, names in facts["tasks"].items()}
-    counts = [len(names) for names in tasks.values()]
-    aggregator = aggregator_of(config, facts["in_dim"], counts)
+    counts = tuple(len(names) for names in tasks.values())
+    num_classes = counts[0] if len(counts) == 1 else counts  # as it was trained
+    aggregator = aggregator_of(config, facts["in_dim"], num_classes)
     aggregator.load_state_dict(states["aggregator"])
     return MILHead(
         aggregator.eval(),

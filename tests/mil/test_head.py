@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from cytoray.errors import InputError
+from cytoray.mil.aggregators import AGGREGATORS
 from cytoray.mil.config import MILConfig
 from cytoray.mil.head import load_head, save_head
 from cytoray.mil.train import LabelledBag, predict, train_frozen
@@ -46,6 +47,21 @@ def test_a_frozen_head_comes_back_whole(tmp_path, frozen):
     encoder = TinyEncoder()
     assert head.adapt(encoder) is encoder
     assert sorted(p.name for p in folder.iterdir()) == ["head.json", "head.safetensors"]
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS))
+def test_the_head_of_every_aggregator_comes_back(tmp_path, name):
+    rng = np.random.default_rng(0)
+    bags = [
+        LabelledBag(str(i), rng.normal(size=(5, 8)).astype(np.float32), i % 2) for i in range(4)
+    ]
+    result = train_frozen(MILConfig(aggregator=name, epochs=1), bags, bags, 2)
+    folder = save_head(
+        tmp_path / "head", result, classes=("no", "yes"), encoder_id="abc", encoder_name="tiny"
+    )
+    features = [bag.features for bag in bags]
+    expected = predict(result.build(), features).logits
+    assert np.array_equal(predict(load_head(folder).aggregator, features).logits, expected)
 
 
 def test_a_head_of_several_tasks_comes_back_whole(tmp_path):
