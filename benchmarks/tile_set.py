@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+import simplejpeg
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -86,13 +86,12 @@ def read_index(index: Path) -> TileSet:
 
 def save_tiles(path: Path, tiles: TileSet) -> None:
     """Write `.npz`: JPEG bytes end to end, where each ends, and nuclei likewise."""
-    options = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
-    coded = [cv2.imencode(".jpg", tile[..., ::-1], options)[1].ravel() for tile in tiles.pixels]
+    coded = [simplejpeg.encode_jpeg(tile, QUALITY) for tile in tiles.pixels]
     with atomic_path(path) as draft, Path(draft).open("wb") as file:
         np.savez(
             file,
             tile_ids=tiles.tile_ids,
-            jpeg=np.concatenate(coded),
+            jpeg=np.frombuffer(b"".join(coded), np.uint8),
             jpeg_ends=np.cumsum([len(c) for c in coded]),
             nuclei=np.concatenate(tiles.nuclei),
             nuclei_ends=np.cumsum([len(n) for n in tiles.nuclei]),
@@ -105,10 +104,9 @@ def load_tiles(path: Path) -> TileSet:
     with np.load(path, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
     coded = np.split(data["jpeg"], data["jpeg_ends"][:-1])
-    pixels = [cv2.cvtColor(cv2.imdecode(c, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB) for c in coded]
     return TileSet(
         tile_ids=data["tile_ids"],
-        pixels=np.stack(pixels),
+        pixels=np.stack([simplejpeg.decode_jpeg(c.tobytes()) for c in coded]),
         nuclei=np.split(data["nuclei"], data["nuclei_ends"][:-1]),
         mpp=float(data["mpp"]),
     )
