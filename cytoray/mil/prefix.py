@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cytoray.mil.tiles import TileSource, precision_context
-from cytoray.models.encoder import Encoder
 from cytoray.models.prefix import prefix_tokens, tokens_shape
+
+if TYPE_CHECKING:
+    from cytoray.models.encoder import Encoder
 
 
 @dataclass(frozen=True)

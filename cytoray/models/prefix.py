@@ -6,17 +6,21 @@ can be computed once for many trials. Shapes: B images, N tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from timm.models import checkpoint_seq
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, is_grad_enabled, nn
 
-from cytoray.models.encoder import POOLINGS, Encoder
+# timm is imported where an encoder is looked at: trials on frozen features do without it.
+if TYPE_CHECKING:
+    from cytoray.models.encoder import Encoder
 
 
 def prefix_obstacle(encoder: nn.Module) -> str:
     """Why an encoder cannot be run in two parts; empty if it can."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    from cytoray.models.encoder import Encoder
+
     model = getattr(encoder, "model", None)
     if not isinstance(encoder, Encoder) or not isinstance(model, VisionTransformer):
         return f"{type(model or encoder).__name__} is no timm VisionTransformer of load_encoder"
@@ -58,6 +62,8 @@ def prefix_tokens(encoder: Encoder, images: Tensor, depth: int) -> Tensor:
 
 def features_from(encoder: Encoder, tokens: Tensor, depth: int) -> Tensor:
     """Features (B, D) of what `prefix_tokens` gave: together they equal `encoder(images)`."""
+    from cytoray.models.encoder import POOLINGS
+
     return POOLINGS[encoder.spec.pooling](_Rest(encoder.model, depth), tokens)
 
 
@@ -72,6 +78,8 @@ class _Rest:
         return self._vit.forward_head(self.forward_features(tokens))
 
     def forward_features(self, tokens: Tensor) -> Tensor:
+        from timm.models import checkpoint_seq
+
         blocks = self._vit.blocks[self._depth :]
         if self._vit.grad_checkpointing and is_grad_enabled():
             return self._vit.norm(checkpoint_seq(blocks, tokens))

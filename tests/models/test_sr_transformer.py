@@ -9,7 +9,7 @@ from timm.layers.attention import Attention
 from torch import nn
 
 from cytoray.errors import InputError
-from cytoray.models.backbones import build_backbone
+from cytoray.models.backbones import ViTBackbone
 from cytoray.models.irpe import PatchGrids, bucket_index
 from cytoray.models.lora import add_lora, merge_lora
 from cytoray.models.sr_attention import sr_attention
@@ -188,9 +188,7 @@ def test_activation_checkpointing_with_two_crop_sizes(way):
         saving.set_grad_checkpointing()
         _two_crops_loss(saving, images).backward()
     else:
-        backbone = build_backbone("vit_tiny_patch16_224", img_px=64, kwargs=TINY)
-        backbone.vit, backbone.checkpoint_blocks = saving, True
-        backbone.train()
+        backbone = ViTBackbone(saving, checkpoint_blocks=True).train()
         _two_crops_loss(lambda x: backbone(x).cls, images).backward()
     for mine, reference in zip(saving.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, reference.grad, atol=1e-5, rtol=1e-5)
