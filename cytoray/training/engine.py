@@ -144,18 +144,14 @@ class PretrainEngine:
     ) -> list[MicroBatch]:
         crops = self._crops(batch)
         tiles = crops.global_crops.shape[0]
-        if tiles < self.config.accumulate:
-            raise InputError(
-                f"rank {self.rank} has {tiles} tiles for {self.config.accumulate} micro-batches; "
-                "lower accumulate or the number of workers, or raise batch_size"
-            )
         context = StepContext(
             step=step,
             global_batch=int(batch.get("global_batch", tiles * self.world_size)),
             offset=int(batch.get("offset", tiles * self.rank)),
             teacher_temp=teacher_temp,
         )
-        return MicroBatch(crops, context).split(self.config.accumulate)
+        # The last batch of a run may have fewer tiles than there are micro-batches.
+        return MicroBatch(crops, context).split(min(self.config.accumulate, tiles))
 
     def _gradients(self, batches: list[MicroBatch]) -> dict[str, Tensor]:
         """Leave the gradient of the global batch in the parameters; metrics of the method."""
