@@ -14,6 +14,7 @@ from cytoray.slides.readers_base import SlideInfo, SlideReader, level_downsample
 
 MIN_CACHE_BYTES = 32 << 20
 MAX_CACHE_BYTES = 256 << 20
+_BAND_PX = 1 << 19  # 2 MB as RGBA
 # What an error quotes from the file (a line of its index, a property), and unique identifiers.
 _FROM_FILE = re.compile(
     r"(?<!\w)[\"'\u201c\u2018`].*[\"'\u201d\u2019`]|\d+(?:\.\d+){4,}", re.DOTALL
@@ -66,6 +67,16 @@ class OpenSlideReader(SlideReader):
         self._set_cache()
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        # A band at a time stays in the processor's cache while it is converted. Where level and
+        # level 0 have no common pixel grid, bands would be rounded apart from one another.
+        rows = max(1, _BAND_PX // width) if self._downsamples[level].is_integer() else height
+        region = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            band = region[top : top + rows]
+            band[:] = self._read_band(level, x, y + top, width, len(band))
+        return region
+
+    def _read_band(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         # OpenSlide takes the corner in level-0 pixels and divides by its own downsample.
         downsample = self._downsamples[level]
         corner = (round(x * downsample), round(y * downsample))
