@@ -132,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tiles through Ray Data, side by side.")
     parser.add_argument("--slides", type=Path, required=True, help="folder of slides")
     parser.add_argument("--tile-px", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-slides", type=int, default=33)
-    parser.add_argument("--repeat", type=int, default=2, help="times that each slide is listed")
+    parser.add_argument("--repeat", type=int, default=4, help="times that each slide is listed")
     options = parser.parse_args()
     if not options.slides.is_dir():
         parser.exit(2, f"{options.slides} is not a folder\n")
