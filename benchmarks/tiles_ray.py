@@ -1,7 +1,7 @@
 """Tiles from slides through Ray Data, end to end on all cores: ours against ratiopath.
 
-    python -m benchmarks.tiles_ray --slides DIR [--tile-px 256] [--rounds 2] [--max-slides 33]
-        [--repeat 2]
+    python -m benchmarks.tiles_ray --slides DIR [--tile-px 256] [--rounds 1] [--max-slides 33]
+        [--repeat 4]
 
 Both read every tile of the finest level of the same slides into blocks that the driver iterates
 over, in turn; starting the actors or tasks counts, starting Ray and the helper actors of Ray Data
