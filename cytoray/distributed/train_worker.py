@@ -134,6 +134,8 @@ class _Worker:
         if settings.deterministic:
             _be_deterministic()
         self.checkpoints = settings.folder.path / "checkpoints"
+        # What dropout in a backbone draws from; a resumed run gets its state from the checkpoint.
+        torch.manual_seed(settings.ssl.seed + rank)
         self.engine = PretrainEngine(settings.ssl, self.device, rank=rank, world_size=world)
         self.place, self.skipped = _restore(self.engine, self.checkpoints, settings)
         self.saved_at = self.place.step

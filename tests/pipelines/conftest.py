@@ -71,7 +71,7 @@ class OwnProcess:
                 start_new_session=True,
             )
 
-    def wait_for(self, condition: Callable[[], object], timeout_s: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 300) -> None:
         """Look every 10 ms until the condition holds; the process must not end before."""
         end = time.monotonic() + timeout_s
         while not condition():
