@@ -144,17 +144,18 @@ def rows_of(name: str, seeds: list[dict[str, tuple[float, float, float]]]) -> li
     rows = []
     for probe in PROBES:
         values = np.array([seed[probe][0] for seed in seeds])
-        half = 0.0
-        if len(values) > 1:
+        mean, low, high = float(values.mean()), None, None
+        if len(values) > 1:  # one seed has no interval over seeds
             spread = values.std(ddof=1) / len(values) ** 0.5
             half = float(stats.t.ppf(0.975, len(values) - 1) * spread)
+            low, high = round(mean - half, 4), round(mean + half, 4)
         rows.append(
             {
                 "variant": name,
                 "probe": probe,
-                "accuracy": round(float(values.mean()), 4),
-                "low": round(float(values.mean()) - half, 4),
-                "high": round(float(values.mean()) + half, 4),
+                "accuracy": round(mean, 4),
+                "low": low,
+                "high": high,
                 "seeds": [[round(v, 4) for v in seed[probe]] for seed in seeds],
             }
         )
@@ -171,7 +172,9 @@ def table_text(rows: list[dict[str, Any]]) -> str:
         seeds = ", ".join(
             f"{value:.3f} ({low:.3f}-{high:.3f})" for value, low, high in row["seeds"]
         )
-        interval = f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        interval = f"{row['accuracy']:.3f}"
+        if row["low"] is not None:
+            interval += f" ({row['low']:.3f} to {row['high']:.3f})"
         lines.append(f"| {row['variant']} | {row['probe']} | {interval} | {seeds} |")
     return "\n".join(lines) + "\n"
 
