@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,16 +129,18 @@ def run(config: Config) -> dict[str, Any]:
     """Probe every encoder, compare them in pairs, and write results, table and page."""
     began = time.perf_counter()
     made = _cells_examples(config) if config.cells is not None else _bag_examples(config)
-    examples, encoders, start = made
+    examples, encoders, unlabelled, start = made
     check_shots(examples, examples.split, max(config.shots, default=0))
     if config.dry_run:
-        return _plan(config, examples, encoders)
+        return _plan(config, examples, encoders, unlabelled)
     begun = begin(
         "evaluate", config, (config.cells or config.bags[0]).stem, unit="task",
         cpus=config.cpus_per_task, gpus=config.gpus_per_task, may_change=MAY_CHANGE_HERE,
     )  # fmt: skip
     folder, tracker, run_id = begun.folder, begun.tracker, begun.run_id
     with Progress(f"evaluate {len(encoders)} encoders") as progress:
+        if unlabelled:
+            progress.note(f"{len(unlabelled)} rows have no label: {_first_few(unlabelled)}")
         settings, num_bad = start(folder, begun.gpus, progress)
         pieces = evaluation_pieces(config, encoders, folder.path)
         results, failed = run_pieces(
@@ -148,7 +151,10 @@ def run(config: Config) -> dict[str, Any]:
         tracker.end_run(run_id, "FAILED")
         raise InputError("every probe failed", [f"{k}: {v}" for k, v in failed.items()])
     summary = _finish(config, folder, settings, pieces, results, failed, tracker, run_id)
-    summary |= {"num_left_out": num_bad, "seconds": round(time.perf_counter() - began, 1)}
+    summary |= _unlabelled_facts(unlabelled) | {
+        "num_left_out": num_bad,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     folder.write_summary(summary)
     tracker.log_artifact(run_id, folder.summary_path)
     tracker.end_run(run_id, "FINISHED")
@@ -158,7 +164,20 @@ def run(config: Config) -> dict[str, Any]:
     return summary | {"exit_code": 3 if config.strict and num_bad else 0}
 
 
-def _plan(config: Config, examples: Examples, encoders: list[str]) -> dict[str, Any]:
+def _first_few(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _unlabelled_facts(unlabelled: Sequence[str]) -> dict[str, Any]:
+    """Of the rows that were not used for want of a label."""
+    if not unlabelled:
+        return {"num_unlabelled": 0}
+    return {"num_unlabelled": len(unlabelled), "unlabelled": _first_few(unlabelled)}
+
+
+def _plan(
+    config: Config, examples: Examples, encoders: list[str], unlabelled: Sequence[str]
+) -> dict[str, Any]:
     """What a run would do; the encoders have been loaded, so they are there."""
     pieces = evaluation_pieces(config, encoders, config.out)
     kinds = [piece.payload[0] for piece in pieces]
@@ -168,13 +187,14 @@ def _plan(config: Config, examples: Examples, encoders: list[str]) -> dict[str, 
         "groups": len(set(examples.groups.tolist())),
         "pieces": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         "few-shot fits": kinds.count("few_shot") * len(config.shots) * len(config.shot_seeds),
+        **_unlabelled_facts(unlabelled),
     }
     summary_table("evaluate would run", plan | class_lines(examples, examples.split))
     return plan
 
 
-def _cells_examples(config: Config) -> tuple[Examples, list[str], Any]:
-    """Examples, encoders, and what decodes the images and embeds them once the run has begun."""
+def _cells_examples(config: Config) -> tuple[Examples, list[str], tuple[str, ...], Any]:
+    """Examples, encoders, rows without a label, and what embeds the images once the run began."""
     assert config.cells is not None
     cells = read_cells(config.cells, config.columns)
     examples = examples_of(config, cells)
@@ -193,13 +213,14 @@ def _cells_examples(config: Config) -> tuple[Examples, list[str], Any]:
         )
         return replace(settings, cells=shared), num_bad
 
-    return examples, list(encoders), start
+    return examples, list(encoders), (), start
 
 
-def _bag_examples(config: Config) -> tuple[Examples, list[str], Any]:
+def _bag_examples(config: Config) -> tuple[Examples, list[str], tuple[str, ...], Any]:
     """The same for bags: their features are read, not made."""
     assert config.labels is not None
-    cells, unit = read_labels(config.labels, config.columns)
+    labels = read_labels(config.labels, config.columns)
+    cells, unit = labels.cells, labels.unit
     stores = open_stores(config.bags)
     made, missing = bag_features(list(stores.values()), cells, unit)
     keep = np.setdiff1d(np.arange(len(cells)), np.array(missing, dtype=np.int64))
@@ -231,7 +252,7 @@ def _bag_examples(config: Config) -> tuple[Examples, list[str], Any]:
         write_quarantine(rows, folder.path / "quarantine.parquet")
         return _settings(config, examples_of(config, kept), files), len(missing)
 
-    return examples_of(config, kept), list(stores), start
+    return examples_of(config, kept), list(stores), labels.unlabelled, start
 
 
 def examples_of(config: Config, cells: Cells) -> Examples:

@@ -7,35 +7,48 @@ The labels are a CSV or Parquet table with `slide_id` or `tile_id`, a label, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow.parquet as pq
 
 from cytoray.errors import InputError, choose, raise_problems
 from cytoray.finetune.cells import GROUP_COLUMNS, LABEL_COLUMNS, Cells, Columns
 from cytoray.mil import BagStore, open_bags
 from cytoray.slides import parse_tile_id
+from cytoray.text_table import TextTable, read_text_table
 
 
-def read_labels(path: Path, columns: Columns | None = None) -> tuple[Cells, str]:
-    """Labels of slides or tiles; rows without a label are left out.
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """Labelled slides or tiles.
+
+    Attributes:
+        cells: the examples; `names` are the ids.
+        unit: `slide_id` or `tile_id`.
+        unlabelled: ids of the table's other rows, each with its line.
+    """
+
+    cells: Cells
+    unit: str
+    unlabelled: tuple[str, ...]
+
+
+def read_labels(path: Path, columns: Columns | None = None) -> Labels:
+    """Labels of slides or tiles.
 
     Args:
         path: CSV or Parquet.
         columns: `label` and `group`, where they are not called as usual.
 
-    Returns:
-        The examples (`names` are the ids) and `slide_id` or `tile_id`.
-
     Raises:
-        InputError: no such file or columns, an id twice, or fewer than two classes.
+        InputError: no such file or columns, an id twice or missing, no labels, or fewer than two
+            classes.
     """
     columns = columns or Columns()
-    frame = _read_table(path)
-    there = [str(name) for name in frame.columns]
+    table = read_text_table(path)
+    there = list(table.columns)
     unit = next((name for name in ("tile_id", "slide_id") if name in there), "")
     if not unit:
         raise InputError(f"{path} needs a column tile_id or slide_id (there: {', '.join(there)})")
@@ -45,44 +58,50 @@ def read_labels(path: Path, columns: Columns | None = None) -> tuple[Cells, str]
     group = columns.group or next((n for n in wanted if n in there and n != unit), "")
     if columns.group:
         choose("group column", group, there)
-    frame = frame[frame[label] != ""]
-    ids = frame[unit].tolist()
-    twice = (
-        sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
-    )
-    raise_problems(f"{path} has ids twice:", twice)
-    classes = tuple(sorted(set(frame[label])))
+    labelled, unlabelled = _labelled_rows(table, path, unit, label)
+    names = tuple(labelled.columns[unit])
+    classes = tuple(sorted(set(labelled.columns[label])))
     if len(classes) < 2:
-        raise InputError(f"{path}: column {label!r} has {len(classes)} class(es); two are needed")
-    groups = frame[group].tolist() if group else [_slide_of(name, unit) for name in ids]
-    split = frame["split"].tolist() if "split" in there else []
+        raise InputError(
+            f"{path}: column {label!r} has one class only ({classes[0]}); two are needed"
+        )
+    groups = labelled.columns[group] if group else [_slide_of(name, unit) for name in names]
+    split = labelled.columns.get("split", [])
     cells = Cells(
-        names=tuple(ids),
-        paths=tuple(ids),
-        labels=np.array([classes.index(name) for name in frame[label]], dtype=np.int64),
+        names=names,
+        paths=names,
+        labels=np.array([classes.index(name) for name in labelled.columns[label]], dtype=np.int64),
         classes=classes,
         groups=np.array(groups, dtype=str),
         grouped=bool(group) or unit == "tile_id",
         split=np.array(split, dtype=str) if any(split) else None,
     )
-    return cells, unit
+    return Labels(cells=cells, unit=unit, unlabelled=unlabelled)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise InputError(f"no table of labels at {path}")
-    try:
-        if path.suffix.lower() == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-            return pd.DataFrame([{k: _text(v) for k, v in row.items()} for row in rows])
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _text(value: Any) -> str:
-    """A cell of a table as text; nothing for a list and the like."""
-    return "" if value is None or isinstance(value, (list, dict)) else str(value)
+def _labelled_rows(
+    table: TextTable, path: Path, unit: str, label: str
+) -> tuple[TextTable, tuple[str, ...]]:
+    """The rows with a label, and the ids and lines of the others."""
+    if not len(table):
+        raise InputError(f"{path} has no rows; add one per {unit.removesuffix('_id')}")
+    ids, labels = table.columns[unit], table.columns[label]
+    rows = [row for row, value in enumerate(labels) if value]
+    if not rows:
+        raise InputError(
+            f"{path}: column {label!r} is empty in all {len(table)} rows; fill it in, or name "
+            f"another with --columns.label (there: {', '.join(table.columns)})"
+        )
+    problems = [f"{table.where(row)}: no {unit}" for row in rows if not ids[row]]
+    seen: dict[str, int] = {}
+    for row in rows:
+        if ids[row] and seen.setdefault(ids[row], row) != row:
+            first = table.where(seen[ids[row]])
+            problems.append(f"{table.where(row)}: {ids[row]} stands in {first} already")
+    raise_problems(f"{path} cannot be used:", problems)
+    others = [row for row, value in enumerate(labels) if not value]
+    unlabelled = tuple(f"{ids[row] or 'no id'} ({table.where(row)})" for row in others)
+    return table.take(rows), unlabelled
 
 
 def _slide_of(name: str, unit: str) -> str:

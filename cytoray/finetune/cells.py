@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from cytoray.errors import InputError, choose, raise_problems
 from cytoray.evaluation.splits import PARTS, Split, check_no_leak, given_split, train_val_test
+from cytoray.text_table import TextTable, read_text_table
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 PATH_COLUMNS = ("path", "image", "file", "filename")
@@ -116,11 +116,12 @@ def read_cells(source: str | Path, columns: Columns | None = None) -> Cells:
     source, columns = Path(source), columns or Columns()
     if source.is_dir():
         table = _folder_rows(source, columns)
+        if not table["name"]:
+            raise InputError(f"{source} holds no image ({', '.join(SUFFIXES)})")
     elif source.is_file():
         table = _csv_rows(source, columns)
     else:
         raise InputError(f"no folder or CSV of labelled images at {source}")
-    _check(table, source)
     root = source if source.is_dir() else source.parent
     classes = tuple(sorted(set(table["label"])))
     if len(classes) < 2:
@@ -186,18 +187,17 @@ def _class_folders(folder: Path, has_split: bool) -> list[Path]:
 
 
 def _csv_rows(path: Path, columns: Columns) -> dict[str, list[str]]:
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}") from error
-    there = [str(name) for name in frame.columns]
+    rows = read_text_table(path)
+    there = list(rows.columns)
     wanted = {
         "name": _column("path", columns.path, PATH_COLUMNS, there, path),
         "label": _column("label", columns.label, LABEL_COLUMNS, there, path),
         "group": _column("group", columns.group, GROUP_COLUMNS, there, path, needed=False),
-        "split": "split" if "split" in there and any(frame["split"].tolist()) else "",
+        "split": "split" if "split" in there and any(rows.columns["split"]) else "",
     }
-    return {key: frame[name].str.strip().tolist() for key, name in wanted.items() if name}
+    table = {key: rows.columns[name] for key, name in wanted.items() if name}
+    _check_csv(table, rows, path)
+    return table
 
 
 def _column(
@@ -221,27 +221,27 @@ def _column(
     return found
 
 
-def _check(table: dict[str, list[str]], source: Path) -> None:
+def _check_csv(table: dict[str, list[str]], rows: TextTable, path: Path) -> None:
     names = table["name"]
     if not names:
-        raise InputError(f"{source} holds no image ({', '.join(SUFFIXES)})")
+        raise InputError(f"{path} has no rows; add one per image")
     said = {"name": "path"}
     problems = [
-        f"row {row} ({names[row] or 'no path'}): no {said.get(what, what)}"
+        f"{rows.where(row)} ({names[row] or 'no path'}): no {said.get(what, what)}"
         for what, values in table.items()
         for row, value in enumerate(values)
         if not value
     ]
     problems += [
-        f"row {row} ({names[row]}): split {part!r} is none of {', '.join(PARTS)}"
+        f"{rows.where(row)} ({names[row]}): split {part!r} is none of {', '.join(PARTS)}"
         for row, part in enumerate(table.get("split", []))
         if part and part not in PARTS
     ]
     seen: dict[str, int] = {}
     for row, name in enumerate(names):
-        if seen.setdefault(name, row) != row:
-            problems.append(f"row {row}: {name} stands in row {seen[name]} already")
-    raise_problems(f"{source} cannot be used:", problems)
+        if name and seen.setdefault(name, row) != row:
+            problems.append(f"{rows.where(row)}: {name} stands in {rows.where(seen[name])} already")
+    raise_problems(f"{path} cannot be used:", problems)
 
 
 def split_cells(

@@ -35,12 +35,12 @@ import pyarrow.parquet as pq
 
 from cytoray.errors import SlideError
 from cytoray.nuclei.geojson import NucleiFileError, compact, nuclei_of_geojson
+from cytoray.text_table import name_lines
 
 # Arrow makes its compute functions at import, where a type checker cannot see them.
 pc: Any = pyarrow.compute
 
 SUFFIXES = (".parquet", ".csv", ".csv.gz", ".geojson", ".geojson.gz", ".json", ".json.gz")
-_SHOWN = 10
 
 # x, y, frame (empty: as the user says), whether 0 is the edge of the image
 _POSITIONS = (
@@ -132,14 +132,9 @@ def _check_values(path: Path, found: FoundNuclei, entry: str) -> None:
         if bad.any():
             raise SlideError(
                 "nuclei_unreadable",
-                f"{int(bad.sum()):,} of {len(bad):,} nuclei in {path} have {what} ({entry} "
-                f"{_listed(found.entry[bad].tolist())}); mend or remove them",
+                f"{int(bad.sum()):,} of {len(bad):,} nuclei in {path} have {what} "
+                f"({name_lines(found.entry[bad].tolist(), entry)}); mend or remove them",
             )
-
-
-def _listed(numbers: list[int]) -> str:
-    more = ", ..." if len(numbers) > _SHOWN else ""
-    return ", ".join(map(str, numbers[:_SHOWN])) + more
 
 
 def _read_geojson(path: Path) -> FoundNuclei:
@@ -170,7 +165,7 @@ def _read_csv(path: Path) -> FoundNuclei:
     ragged: list[int] = []
 
     def note(row: pyarrow.csv.InvalidRow) -> str:
-        ragged.append(row.number or 0)
+        ragged.append(row.number or 1)
         return "skip"
 
     # Columns are known by their place, since names may repeat; values are parsed later, so that a
@@ -190,9 +185,11 @@ def _read_csv(path: Path) -> FoundNuclei:
         ),
     )
     if ragged:
-        raise NucleiFileError(f"lines with more or fewer fields than the header: {_listed(ragged)}")
+        lines = _line_numbers(path)
+        at_fault = [int(lines[number - 1]) for number in ragged]
+        raise NucleiFileError(f"more or fewer fields than the header: {name_lines(at_fault)}")
     columns = {key: table[str(i)] for key, i in places.items()}
-    return _from_columns(columns, frame, from_edge, _line_numbers(path, table.num_rows))
+    return _from_columns(columns, frame, from_edge, _line_numbers(path)[1 : table.num_rows + 1])
 
 
 def _csv_header(path: Path) -> tuple[list[str], str, str]:
@@ -207,11 +204,11 @@ def _csv_header(path: Path) -> tuple[list[str], str, str]:
     return next(csv.reader([text.rstrip("\r\n")], delimiter=delimiter), []), delimiter, encoding
 
 
-def _line_numbers(path: Path, num_rows: int) -> np.ndarray:
-    """int64 (num_rows,): the line each row stands in; Arrow passes over empty lines."""
+def _line_numbers(path: Path) -> np.ndarray:
+    """int64: the lines the header and the rows stand in; Arrow passes over empty lines."""
     with _open(path) as stream:
-        lines = [n for n, line in enumerate(stream, 1) if n > 1 and line.strip(b"\r\n")]
-    return np.array(lines[:num_rows], np.int64)
+        lines = [n for n, line in enumerate(stream, 1) if line.strip(b"\r\n")]
+    return np.array(lines, np.int64)
 
 
 def _choose_columns(names: list[str]) -> tuple[dict[str, int], str, bool]:

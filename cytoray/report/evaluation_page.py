@@ -69,6 +69,7 @@ def evaluate_sections(out: Path, examples: Examples, cells: Any = None) -> list[
                 "examples": summary["num_examples"],
                 "groups": summary["num_groups"],
                 "left out (quarantine)": summary["num_left_out"],
+                "rows without a label": summary["num_unlabelled"],
             },
             "tables": [{"columns": list(summary["parts"][0]), "rows": summary["parts"]}],
         },

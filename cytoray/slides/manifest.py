@@ -98,11 +98,11 @@ def read_manifest(
     if not given.rows.num_rows:
         raise_problems(what, [*problems, "it has no rows; add one row per slide"])
     slides = group_numbers(given.rows["slide_id"])
-    stacks, repeats = find_stacks(given.rows, slides, source.first_line)
+    stacks, repeats = find_stacks(given.rows, slides, source.where)
     problems += [*given.problems, *repeats, *split_problems(given.rows)]
     if stacks.any and not repeats:
         labels = label_columns(given.rows)
-        problems += plane_problems(given.rows, stacks, labels, source.first_line)
+        problems += plane_problems(given.rows, stacks, labels, source.where)
     if not problems and not _any_file(given.rows["path"]):
         problems.append(
             f"none of the {given.rows.num_rows} files exists, e.g. "
@@ -143,7 +143,7 @@ class _Given:
 def _read_rows(source: ManifestSource, spool_dir: str | os.PathLike[str] | None) -> _Given:
     others = [name for name in source.names if name not in _GIVEN_COLUMNS]
     found = ColumnTypes(others)
-    checks = RowChecks(source.first_line)
+    checks = RowChecks(source.where)
     folder = _folder_of(source.source)
     spool: TableSpool | None = None
     types: dict[str, pa.DataType] = dict.fromkeys(others, pa.null())

@@ -30,11 +30,11 @@ class RowChecks:
     """Problems of single rows, the first few of each kind spelled out, the rest counted.
 
     Args:
-        first_line: number of the first row's line.
+        where: says where rows stand in the file: `line 7`.
     """
 
-    def __init__(self, first_line: int) -> None:
-        self.first_line = first_line
+    def __init__(self, where: Callable[..., str]) -> None:
+        self.where = where
         self._shown: dict[str, list[str]] = {}
         self._count: dict[str, int] = {}
         self._more: dict[str, str] = {}
@@ -49,11 +49,10 @@ class RowChecks:
     def check(self, batch: pa.RecordBatch, first_row: int) -> None:
         """Look at a batch with canonical columns; `first_row` is the number of its first row."""
         slide_ids = batch.column("slide_id")
-        line = first_row + self.first_line
         for kind, flags, text in _row_faults(slide_ids, batch.column("path"), batch.column("mpp")):
-            self._flag(kind, flags, slide_ids, line, text)
+            self._flag(kind, flags, slide_ids, first_row, text)
 
-    def _flag(self, kind: str, flags: Any, slide_ids: Any, line: int, text: str) -> None:
+    def _flag(self, kind: str, flags: Any, slide_ids: Any, first_row: int, text: str) -> None:
         rows = pc.indices_nonzero(flags)
         if not len(rows):
             return
@@ -61,7 +60,7 @@ class RowChecks:
         for row in rows[:SHOWN_PER_CHECK].to_pylist():
             slide_id = slide_ids[row].as_py()
             who = f"slide {slide_id!r}" if slide_id else "the row"
-            lines.append(f"line {row + line}: {who} {text}")
+            lines.append(f"{self.where(row + first_row)}: {who} {text}")
         self.add(kind, lines, len(rows), f"more rows where it {text}")
 
     def problems(self) -> list[str]:
@@ -192,16 +191,19 @@ def cast_one_by_one(
     convert: Callable[[Any], float] = _whole if whole else float
     wanted = "a whole number" if whole else "a number"
     values: list[float | None] = []
-    lines = []
-    for row, value in enumerate(column.to_pylist()):
+    bad: list[tuple[int, Any]] = []
+    for row, value in enumerate(column.to_pylist(), first_row):
         try:
             values.append(None if value is None else convert(value))
         except (TypeError, ValueError, OverflowError):
             values.append(None)
-            line = row + first_row + checks.first_line
-            lines.append(f"line {line}: {name} {value!r} is not {wanted}")
-    if lines:
-        checks.add(f"value {name}", lines, len(lines), f"more bad values of {name}")
+            bad.append((row, value))
+    if bad:
+        lines = [
+            f"{checks.where(row)}: {name} {value!r} is not {wanted}"
+            for row, value in bad[:SHOWN_PER_CHECK]
+        ]
+        checks.add(f"value {name}", lines, len(bad), f"more bad values of {name}")
     return pa.array(values, kind)
 
 

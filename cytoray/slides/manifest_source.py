@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.csv
@@ -14,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cytoray.errors import InputError
 from cytoray.spool import BATCH_ROWS
+from cytoray.text_table import name_lines, numbered_records
 
 # Arrow makes its compute functions at import, where a type checker cannot see them.
 pc: Any = pyarrow.compute
@@ -34,7 +38,6 @@ class ManifestSource:
 
     Attributes:
         names: columns, spaces at their ends removed, each name once.
-        first_line: number of the first data line, for messages.
         problems: with the form of the file; those of its rows are complete when `batches` has
             ended.
 
@@ -45,7 +48,6 @@ class ManifestSource:
     def __init__(self, source: str) -> None:
         self.source = source
         self.is_parquet = source.lower().endswith((".parquet", ".pq"))
-        self.first_line = 1 if self.is_parquet else 2
         self.problems: list[str] = []
         if "://" not in source and not os.path.isfile(source):
             raise InputError(f"no manifest at {source}; give the path of a CSV or Parquet file")
@@ -68,6 +70,29 @@ class ManifestSource:
                 return
             columns = [batch.column(i) for i in keep]
             yield pa.RecordBatch.from_arrays(columns, self.names)
+
+    def where(self, *rows: int) -> str:
+        """Where rows of `batches` stand in the file, for messages: `line 7`, `lines 7, 9`.
+
+        Lines are an editor's; the rows of a Parquet file are numbered from 1.
+        """
+        if self.is_parquet:
+            return name_lines([row + 1 for row in rows], "row")
+        lines, whole = self._records
+        return name_lines(lines[1:][whole[1:]][list(rows)].tolist())
+
+    @cached_property
+    def _records(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each record of a CSV, its line (int64) and whether it has all its fields (bool).
+
+        Arrow passes over empty lines and does not say where a record begins; the file is read once
+        more when there is something to say.
+        """
+        width = len(self._raw_names)
+        with self._open() as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+            found = [(line, len(record) == width) for line, record in numbered_records(text)]
+        return np.array([line for line, _ in found]), np.array([whole for _, whole in found])
 
     def _check_header(self) -> None:
         stripped = [name.strip() for name in self._raw_names]
@@ -115,8 +140,9 @@ class ManifestSource:
             nonlocal bad_rows
             bad_rows += names is not None
             if names is not None and bad_rows <= SHOWN_PER_CHECK:
+                line = self._records[0][(row.number or 1) - 1]
                 self.problems.append(
-                    f"line {row.number}: {row.actual_columns} fields where the header has "
+                    f"line {line}: {row.actual_columns} fields where the header has "
                     f"{row.expected_columns}"
                 )
             return "skip"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +43,15 @@ class Stacks:
         return len(self.starts) - 1 < len(self.order)
 
 
-def find_stacks(rows: pa.Table, slides: np.ndarray, first_line: int) -> tuple[Stacks, list[str]]:
+def find_stacks(
+    rows: pa.Table, slides: np.ndarray, where: Callable[..., str]
+) -> tuple[Stacks, list[str]]:
     """Group the rows of each slide.
 
     Args:
         rows: with `slide_id` and `z`.
         slides: int64 (N,), number of each row's slide in order of first occurrence, -1: no id.
-        first_line: line of the first row, for messages.
+        where: says where rows stand in the file: `lines 7, 9`.
 
     Returns:
         The stacks, and a problem for each slide id that occurs again without being a plane.
@@ -69,28 +71,25 @@ def find_stacks(rows: pa.Table, slides: np.ndarray, first_line: int) -> tuple[St
     nearest = nearest[slides[nearest] >= 0]
     stacks = Stacks(order, starts, nearest[starts[:-1]])
     hint = "; planes of a z-stack have a whole number each in column `z`" if has_z.any() else ""
-    return stacks, _repeats(rows, stacks, repeated, first_line, hint)
+    return stacks, _repeats(rows, stacks, repeated, where, hint)
 
 
 def _repeats(
-    rows: pa.Table, stacks: Stacks, repeated: np.ndarray, first_line: int, hint: str
+    rows: pa.Table, stacks: Stacks, repeated: np.ndarray, where: Callable[..., str], hint: str
 ) -> list[str]:
     problems = []
     for slide in repeated[:SHOWN_PER_CHECK].tolist():
         members = np.sort(stacks.order[stacks.starts[slide] : stacks.starts[slide + 1]])
         slide_id = rows["slide_id"][int(members[0])].as_py()
-        shown = ", ".join(str(row + first_line) for row in members[:5].tolist())
-        more = ", ..." if len(members) > 5 else ""
-        problems.append(
-            f"slide_id {slide_id!r} occurs {len(members)} times (lines {shown}{more}){hint}"
-        )
+        shown = where(*members.tolist())
+        problems.append(f"slide_id {slide_id!r} occurs {len(members)} times ({shown}){hint}")
     if len(repeated) > SHOWN_PER_CHECK:
         problems.append(f"... and {len(repeated) - SHOWN_PER_CHECK} more repeated slide_ids")
     return problems
 
 
 def plane_problems(
-    rows: pa.Table, stacks: Stacks, labels: Sequence[str], first_line: int
+    rows: pa.Table, stacks: Stacks, labels: Sequence[str], where: Callable[..., str]
 ) -> list[str]:
     """Planes of a slide that disagree on what the slide has once.
 
@@ -98,7 +97,7 @@ def plane_problems(
         rows: the manifest's rows.
         stacks: of these rows.
         labels: label columns.
-        first_line: line of the first row.
+        where: says where rows stand in the file: `lines 7, 9`.
     """
     names = [*_ONE_A_SLIDE, *labels]
     sizes = np.diff(stacks.starts)
@@ -116,9 +115,8 @@ def plane_problems(
             for i in pc.indices_nonzero(pc.invert(same)).to_pylist():
                 count += 1
                 if len(shown) < SHOWN_PER_CHECK:
-                    lines = sorted(int(p[i]) + first_line for p in pair)
                     shown.append(
-                        f"lines {lines[0]} and {lines[1]}: planes of slide "
+                        f"{where(*sorted(int(p[i]) for p in pair))}: planes of slide "
                         f"{one['slide_id'][i].as_py()!r} disagree on `{name}`"
                     )
     if count > len(shown):

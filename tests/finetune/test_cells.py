@@ -58,12 +58,16 @@ def test_other_columns(tmp_path) -> None:
     ("lines", "message"),
     [
         (["path,label", "a,x", "b,x"], r"one class only \(x\)"),
-        (["path,label", "a,x", "a,y"], r"row 1: a stands in row 0 already"),
-        (["path,label", "a,x", "b,", ",y"], r"row 1 \(b\): no label(.|\n)*|row 2 \(no path\)"),
-        (["path,label,split", "a,x,tset", "b,y,"], r"row 0 \(a\): split 'tset' is none of train"),
-        (["path,label", ",x", "b,y"], r"row 0 \(no path\): no path"),
+        (["path,label", "a,x", "a,y"], r"line 3: a stands in line 2 already"),
+        (
+            ["path,label", "", "a,x", "b,", ",y"],
+            r"line 5 \(no path\): no path\n  - line 4 \(b\): no label$",
+        ),
+        (["path,label,split", "a,x,tset", "b,y,"], r"line 2 \(a\): split 'tset' is none of train"),
+        (["path,label", ",x", "b,y"], r"line 2 \(no path\): no path"),
         (["file_name,label", "a,x"], r"none of the columns path, image.*there: file_name, label"),
-        (["path,label"], "holds no image"),
+        (["path,label"], "has no rows"),
+        (["path,label", '"a,b",x', "b"], r"- line 3: 1 fields where the header has 2$"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, lines: list[str], message: str) -> None:

@@ -220,10 +220,10 @@ BAD_TABLES = {
     "nothing": ("", "none of its 0 columns"),
     "other columns": ("a,b\n1,2\n", "x_level0 and y_level0"),
     "half a pair": ("x_level0,y\n1,2\n", "none of its 2 columns"),
-    "no number": ("x,y\n1,1\n\n2,DOE\n3,\nnan,3\n5,5\n", "3 of 5 .* no position .line 4, 5, 6"),
-    "no size": ("x,y,radius_um\n1,1,2\n1,1,0\n1,1,-2\n", "2 of 3 .* not above 0 .line 3, 4"),
+    "no number": ("x,y\n1,1\n\n2,DOE\n3,\nnan,3\n5,5\n", "3 of 5 .* no position .lines 4, 5, 6"),
+    "no size": ("x,y,radius_um\n1,1,2\n1,1,0\n1,1,-2\n", "2 of 3 .* not above 0 .lines 3, 4"),
     "no area": ("x,y,area_um2\n1,1,-9\n", "not above 0 .line 2"),
-    "ragged": ("x,y\n1,1\n1,2,DOE\n", "fields than the header: 3"),
+    "ragged": ("x,y\n1,1\n\n1,2,DOE\n", "fields than the header: line 4"),
 }  # fmt: skip
 
 

@@ -145,6 +145,21 @@ def test_bags_of_slides(config, bags, tmp_path) -> None:
     assert (row["slide_id"], row["reason_code"]) == ("gone", "no_features")
 
 
+def test_rows_without_a_label_are_named(config, bags, tmp_path, capsys) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(bags[2].read_text().replace("s3,1,", "s3,,").replace("s8,0,", "s8, ,"))
+    settings = bag_config(
+        config, bags, tmp_path / "run", labels=table, bags=bags[:1], probes=("knn",), shots=()
+    )
+    expected = (2, "s3 (line 5), s8 (line 10)")
+    plan = evaluate.run(replace(settings, dry_run=True))
+    assert (plan["num_unlabelled"], plan["unlabelled"]) == expected
+    summary = evaluate.run(settings)
+    assert (summary["num_unlabelled"], summary["unlabelled"]) == expected
+    assert summary["num_examples"] == 22
+    assert "2 rows have no label: s3 (line 5), s8 (line 10)" in capsys.readouterr().err
+
+
 def test_bags_of_tiles(config, bags, tmp_path) -> None:
     rows = [f"s{i}:0.5:64:0_0:{k},{'ab'[i % 2]}" for i in range(24) for k in range(3)]
     (tmp_path / "tiles.csv").write_text("\n".join(["tile_id,label", *rows]) + "\n")

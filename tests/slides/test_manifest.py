@@ -82,6 +82,26 @@ def test_every_problem_is_reported_at_once(tmp_path):
         assert part in message
 
 
+def test_lines_are_those_of_an_editor(tmp_path):
+    text = (
+        "slide_id,path,note,mpp\n"  # 1
+        "\n"
+        'a,a.svs,"two\nlines",0.25\n'  # 3, 4
+        "\r\n"
+        "b,b.svs\n"  # 6
+        "c,,,\n"  # 7
+        "a,a.svs,,wide\n"  # 8
+    )
+    message = problems_of(write(tmp_path, text, encoding="utf-8-sig"))
+    for part in (
+        "line 6: 2 fields where the header has 4",
+        "line 7: slide 'c' has an empty path",
+        "line 8: mpp 'wide' is not a number",
+        "'a' occurs 2 times (lines 3, 8)",
+    ):
+        assert part in message
+
+
 def test_missing_columns_are_all_named(tmp_path):
     message = problems_of(write(tmp_path, "id,file\n1,2\n"))
     assert "`slide_id` is missing" in message
@@ -164,10 +184,10 @@ def test_planes_must_agree_on_what_a_slide_has_once(tmp_path):
     )
     message = problems_of(write(tmp_path, text))
     for part in (
-        "lines 2 and 3: planes of slide 'a' disagree on `patient_id`",
-        "lines 4 and 5: planes of slide 'b' disagree on `mpp`",
-        "lines 4 and 5: planes of slide 'b' disagree on `label`",
-        "lines 6 and 7: planes of slide 'c' disagree on `split`",
+        "lines 2, 3: planes of slide 'a' disagree on `patient_id`",
+        "lines 4, 5: planes of slide 'b' disagree on `mpp`",
+        "lines 4, 5: planes of slide 'b' disagree on `label`",
+        "lines 6, 7: planes of slide 'c' disagree on `split`",
     ):
         assert part in message
     assert "'d'" not in message
@@ -248,7 +268,7 @@ def test_parquet_categories_and_numbers_that_are_missing(tmp_path):
     assert manifest.label_columns == ("kind",)
     half = table.set_column(3, "z", pa.array([0.0, 0.5, 2.0]))
     pq.write_table(half, tmp_path / "m.parquet")
-    assert "line 2: z 0.5 is not a whole number" in problems_of(tmp_path / "m.parquet")
+    assert "row 2: z 0.5 is not a whole number" in problems_of(tmp_path / "m.parquet")
 
 
 def private_mb() -> float:
