@@ -31,6 +31,7 @@ class _Stage:
     done: float = 0.0
     total: float | None = None
     detail: str = ""
+    printed: tuple[float, str] | None = None  # done and detail of the last line
     samples: deque[tuple[float, float]] = field(default_factory=deque)
     started_s: float = 0.0
     finished_s: float | None = None
@@ -48,6 +49,10 @@ class _Stage:
             return None
         return max(self.total - self.done, 0.0) / rate
 
+    def has_news(self) -> bool:
+        """Whether a line would say something that the last one did not."""
+        return self.printed != (self.done, self.detail)
+
     def add(self, now_s: float, done: float) -> None:
         if not self.samples:
             self.started_s = now_s
@@ -63,8 +68,8 @@ class Progress:
     """Stages of a job with counts, rates and time left.
 
     On a terminal a table is redrawn in place; anywhere else a stage prints one line at its first
-    update, then at most every `line_interval_s`, and one when it is complete. Safe to update from
-    several threads.
+    update, then at most every `line_interval_s` where something changed, and one when it is
+    complete. Safe to update from several threads.
 
     Args:
         title: the job, shown above the stages.
@@ -111,7 +116,7 @@ class Progress:
             return
         with self._lock:
             for name, stage in self._stages.items():
-                if self._printed_s.get(name) != stage.samples[-1][0]:
+                if stage.has_news():
                     self._line(self._describe(name, stage))
             outcome = "stopped" if error_type else "done"
             self._line(f"{self.title}: {outcome} in {duration(self._clock() - self._started_s)}")
@@ -126,7 +131,7 @@ class Progress:
             done: units finished so far (not since the last call).
             total: units in all; None when unknown, or to keep the last known.
             unit: what is counted, e.g. `tiles`.
-            detail: a few words shown behind, e.g. `loss 3.21`.
+            detail: a few words shown behind, e.g. `loss 3.21`; in a log, where they changed.
         """
         with self._lock:
             row = self._stages.setdefault(stage, _Stage())
@@ -193,7 +198,10 @@ class Progress:
             return True
         if stage.finished_s is not None:
             return not was_finished
-        return stage.samples[-1][0] - self._printed_s[name] >= self._line_interval_s
+        return (
+            stage.has_news()
+            and stage.samples[-1][0] - self._printed_s[name] >= self._line_interval_s
+        )
 
     def _line(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
@@ -210,8 +218,9 @@ class Progress:
             parts.append(f"done in {duration(stage.finished_s - stage.started_s)}")
         elif (eta_s := stage.eta_s()) is not None:
             parts.append(f"{duration(eta_s)} left")
-        if stage.detail:
+        if stage.detail and (stage.printed is None or stage.detail != stage.printed[1]):
             parts.append(stage.detail)
+        stage.printed = (stage.done, stage.detail)
         if self._is_bottleneck(name):
             parts.append("bottleneck")
         return ", ".join(parts)

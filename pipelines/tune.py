@@ -319,6 +319,7 @@ def _summary(config: Config, folder: RunFolder, search: Search, outcome: Outcome
         "chosen": {fold: result["key"] for fold, result in outcome.best.items()},
         "temperatures": answers.temperatures,
         "cohort": cohort_facts(cohort, folds),
+        "unit": cohort.unit,
         "classes": list(next(iter(cohort.tasks.values()))),
         "num_heldout": len(answers.indices),
         "num_candidates": len(search.candidates),

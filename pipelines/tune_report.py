@@ -43,7 +43,8 @@ def report_sections(out: Path, plan: ReadPlan) -> list[dict[str, Any]]:
     held_out = {
         "labels": np.array([classes.index(row["label"]) for row in rows]),
         "scores": np.array([row["probabilities"][classes[-1]] for row in rows]),
-        "patients": np.array([row["patient_id"] for row in rows]),
+        "groups": np.array([row["group"] for row in rows]),
+        "unit": summary["unit"],
         "classes": classes,
     }
     sections = tune_sections(results, summary, held_out)
@@ -87,6 +88,7 @@ def write_results(
             "encoders": [entry.name for entry in search.features],
             "settings": shown,
             "cohort": summary["cohort"],
+            "unit": summary["unit"],
             "left_out": search.cohort.left_out,
             "rows": table,
             "chosen": summary["chosen"],

@@ -86,7 +86,10 @@ def prepare(config: Config) -> Search:
         leak_columns=cohort.leak_columns,
         **shares,
     )
-    every = [*folds, final_fold(cohort.labels, cohort.groups, **shares)] if config.folds else folds
+    every = folds
+    if config.folds:
+        unit = "group" if config.group else "patient"
+        every = [*folds, final_fold(cohort.labels, cohort.groups, unit=unit, **shares)]
     raise_problems(
         "these slides cannot be searched on:",
         [problem for fold in every for problem in fold_problems(fold, cohort.labels, cohort.tasks)],

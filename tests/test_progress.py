@@ -38,8 +38,20 @@ def test_lines_are_few_and_say_rate_and_time_left():
         "read: 100/100 tiles (100 %), 4 tiles/s, done in 25 s",
     ]
     encode = [line for line in lines if line.startswith("encode")]
-    assert encode[-1] == "encode: 50, 2/s, batch 64"
+    assert encode[0] == "encode: 0, batch 64"
+    assert encode[-1] == "encode: 50, 2/s"
     assert len(encode) == 4
+
+
+def test_what_has_not_changed_is_not_said_again():
+    clock, text = Clock(), io.StringIO()
+    with Progress("tune", Console(file=text, width=200), 10.0, clock) as progress:
+        for done, best in [(1, "a"), (1, "a"), (2, "a"), (2, "a"), (3, "b")]:
+            clock.now_s += 20
+            progress.update("trials", done, 4, "trials", detail=f"best so far {best}")
+    lines = [line for line in text.getvalue().splitlines() if line.startswith("trials:")]
+    assert [line.split(" ")[1] for line in lines] == ["1/4", "2/4", "3/4"]
+    assert [line.rpartition("best so far ")[2] for line in lines if "best" in line] == ["a", "b"]
 
 
 def test_no_escape_codes_and_no_markup_outside_a_terminal():

@@ -154,6 +154,7 @@ def answer_rows(answers: Answers, cohort: Cohort, *, calibrate: bool) -> list[di
             {
                 "slide_id": cohort.slide_ids[i],
                 "patient_id": cohort.leak_columns["patient"][i],
+                "group": str(cohort.groups[i]),
                 "fold": str(answers.folds[place]),
                 "trial": answers.trials[str(answers.folds[place])],
                 **first,

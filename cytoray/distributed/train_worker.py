@@ -199,11 +199,11 @@ class _Worker:
                 tiles=float(place.tiles),
                 epoch=float(place.position.epoch),
             )
-            message = self.collapse.update(metrics, place.step)
-            if message and settings.stop_on_collapse:
+            kind, message = self.collapse.update(metrics, place.step)
+            if kind == "collapse" and settings.stop_on_collapse:
                 raise InputError(message)
-            if message:
-                self.log.event("collapse", step=place.step, error=message)
+            if kind:
+                self.log.event(kind, step=place.step, message=message)
 
     def _check(self) -> None:
         """Stop, with the state kept to look at, when a step since the last check went wrong."""

@@ -72,7 +72,9 @@ class EventWatch:
             for skipped in event.get("skipped_checkpoints", []):
                 text += f"; checkpoint passed over: {skipped}"
             self._progress.note(text)
-        elif kind in ("failed", "stopped", "collapse"):
+        elif kind in ("collapse", "collapse_ended"):
+            self._progress.note(f"step {event['step']}: {event['message']}")
+        elif kind in ("failed", "stopped"):
             where = f" at step {event['step']}" if event["step"] >= 0 else ""
             self._progress.note(f"{kind}{where}: {event['error']}")
         elif kind == "probe_failed":

@@ -51,7 +51,12 @@ def _check_strata(
 
 
 def grouped_kfold(
-    labels: Sequence | np.ndarray, groups: Sequence | np.ndarray, folds: int = 5, seed: int = 0
+    labels: Sequence | np.ndarray,
+    groups: Sequence | np.ndarray,
+    folds: int = 5,
+    seed: int = 0,
+    *,
+    unit: str = "patient",
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Patient-grouped, label-stratified k-fold.
 
@@ -63,6 +68,7 @@ def grouped_kfold(
         groups: (N,) patient of each bag.
         folds: number of folds.
         seed: of the shuffle.
+        unit: what a group is called in the message.
 
     Returns:
         (rest, held out) indices of bags for each fold; every bag is held out exactly once.
@@ -73,7 +79,7 @@ def grouped_kfold(
     if folds < 2:
         raise InputError(f"cross-validation needs at least 2 folds, got {folds}")
     patient, stratum, sizes, classes = _patients(labels, groups)
-    _check_strata(stratum, classes, folds, f"{folds}-fold cross-validation")
+    _check_strata(stratum, classes, folds, f"{folds}-fold cross-validation", unit)
     rng = np.random.default_rng(seed)
     fold_of_patient = np.zeros(len(sizes), dtype=np.int64)
     total = np.zeros(folds)

@@ -47,6 +47,12 @@ class Cohort:
         counts = tuple(len(names) for names in self.tasks.values())
         return counts[0] if len(counts) == 1 else counts
 
+    @property
+    def unit(self) -> str:
+        """What `groups` are, in the plural, for people."""
+        by = list(self.leak_columns)
+        return f"groups (same {' or '.join(by)})" if len(by) > 1 else "patients"
+
     def label(self, i: int) -> int | tuple[int, ...]:
         """The label of a slide as a trial takes it."""
         row = self.labels[i]
@@ -284,7 +290,7 @@ def cohort_facts(cohort: Cohort, folds: Sequence[Any]) -> dict[str, Any]:
     """What the reports say of the slides."""
     facts: dict[str, Any] = {
         "slides": len(cohort.slide_ids),
-        "patients": len(set(cohort.groups.tolist())),
+        cohort.unit: len(set(cohort.groups.tolist())),
     }
     for task, names in cohort.tasks.items():
         column = cohort.task_labels()[task]

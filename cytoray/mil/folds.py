@@ -108,32 +108,37 @@ def make_folds(
         test_fraction: share of groups to test on, where no split is given.
         seed: of the shuffles.
         split: (N,) the manifest's `train`, `val`, `test`; used with `folds` 0.
-        leak_columns: what may not straddle two parts of the given split, by its name.
+        leak_columns: what may not straddle two parts of the given split, by its name; with more
+            than one, messages speak of groups, not patients.
 
     Raises:
         InputError: a split that leaks or lacks a part, or too few groups of a class.
     """
+    unit = "group" if len(leak_columns or {}) > 1 else "patient"
     if folds:
         made = []
-        cut = grouped_kfold(strata(labels, groups, folds), groups, folds, seed)
+        cut = grouped_kfold(strata(labels, groups, folds), groups, folds, seed, unit=unit)
         for number, (rest, test) in enumerate(cut):
-            train, val = _validation(labels, groups, rest, val_fraction, seed + number)
+            train, val = _validation(labels, groups, rest, val_fraction, seed + number, unit)
             made.append(Fold(f"fold{number}", train, val, test))
     elif split is not None and any(split):
-        made = [_given(labels, groups, split, leak_columns or {}, val_fraction, seed)]
+        made = [_given(labels, groups, split, leak_columns or {}, val_fraction, seed, unit)]
     else:
         rest = 1.0 - test_fraction
         shares = (rest * (1 - val_fraction), rest * val_fraction, test_fraction)
-        made = [Fold("", *train_val_test(strata(labels, groups, 3), groups, shares, seed))]
+        cut = train_val_test(strata(labels, groups, 3), groups, shares, seed, unit=unit)
+        made = [Fold("", *cut)]
     for fold in made:
         parts = {"train": fold.train, "val": fold.val, "test": fold.test}
-        check_no_leak(groups, parts)
+        check_no_leak(groups, parts, unit=unit)
     return made
 
 
-def final_fold(labels: np.ndarray, groups: np.ndarray, *, val_fraction: float, seed: int) -> Fold:
+def final_fold(
+    labels: np.ndarray, groups: np.ndarray, *, val_fraction: float, seed: int, unit: str = "patient"
+) -> Fold:
     """All slides to train the head that is handed out, a part of them to choose its epoch by."""
-    train, val = _validation(labels, groups, np.arange(len(groups)), val_fraction, seed)
+    train, val = _validation(labels, groups, np.arange(len(groups)), val_fraction, seed, unit)
     return Fold("final", train, val, np.zeros(0, np.int64))
 
 
@@ -144,6 +149,7 @@ def _given(
     leak_columns: Mapping[str, Sequence],
     val_fraction: float,
     seed: int,
+    unit: str,
 ) -> Fold:
     without = sum(1 for part in split if not part)
     if without:
@@ -168,7 +174,7 @@ def _given(
     )
     train, val = parts.train, parts.val
     if not len(val):
-        train, val = _validation(labels, groups, train, val_fraction, seed)
+        train, val = _validation(labels, groups, train, val_fraction, seed, unit)
     return Fold("", train, val, parts.test)
 
 
@@ -186,11 +192,17 @@ def _leaks(what: str, column: Sequence, parts: Mapping[str, np.ndarray]) -> list
 
 
 def _validation(
-    labels: np.ndarray, groups: np.ndarray, rest: np.ndarray, val_fraction: float, seed: int
+    labels: np.ndarray,
+    groups: np.ndarray,
+    rest: np.ndarray,
+    val_fraction: float,
+    seed: int,
+    unit: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rest of a fold cut in train and val."""
     of_rest = strata(labels[rest], groups[rest], 2)
-    cut = train_val_test(of_rest, groups[rest], (1 - val_fraction, val_fraction, 0.0), seed)
+    shares = (1 - val_fraction, val_fraction, 0.0)
+    cut = train_val_test(of_rest, groups[rest], shares, seed, unit=unit)
     return rest[cut.train], rest[cut.val]
 
 

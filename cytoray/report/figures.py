@@ -144,6 +144,7 @@ def roc_figure(
     scores: Sequence[float] | np.ndarray,
     auc_ci: tuple[float, float] | None = None,
     groups: Sequence[Any] | np.ndarray | None = None,
+    unit: str = "patients",
     positive_name: str = "positive",
     num_resamples: int = 500,
     seed: int = 0,
@@ -156,6 +157,7 @@ def roc_figure(
         auc_ci: the interval to print; from the evaluation, so that page and summary agree. None
             prints the one of the band's own resamples.
         groups: patient of each slide, (n,): whole patients are drawn; None draws slides.
+        unit: what the groups are, in the plural.
         positive_name: what label 1 means, for the axis.
         num_resamples: bootstrap resamples of the band.
         seed: of the resampling.
@@ -186,9 +188,9 @@ def roc_figure(
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.grid(True, color=HAIRLINE, linewidth=0.7)
     interval = f"\n95 % CI {auc_ci[0]:.3f} to {auc_ci[1]:.3f}" if auc_ci else ""
-    patients = len(np.unique(group_ids)) if groups is not None else None
-    unit = f"{len(labels)} slides" + (f" of {patients} patients" if patients else "")
-    text = f"AUC {auc:.3f}{interval}\n{unit}, {int(labels.sum())} of class {positive_name}"
+    slides = f"{len(labels)} slides"
+    slides += f" of {len(np.unique(group_ids))} {unit}" if groups is not None else ""
+    text = f"AUC {auc:.3f}{interval}\n{slides}, {int(labels.sum())} of class {positive_name}"
     axes.text(0.97, 0.24, text, ha="right", va="bottom", fontsize=10, color=INK)
     axes.legend(loc="lower right", fontsize=8.5, frameon=False, labelcolor=QUIET)
     return to_png(figure)

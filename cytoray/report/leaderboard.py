@@ -33,7 +33,8 @@ def write_leaderboard(folder: str | Path, board: Mapping[str, Any]) -> Path:
         board: `label`; `rows`, one a candidate, best first: `candidate`, `encoder`, the fields
             named in `settings`, `val_auc`, `val_auc_low`, `val_auc_high`, `val_accuracy`,
             `val_loss`, `best_epoch`, `folds`, `complete`, `stopped`, `seconds`, `chosen_in`;
-            `best`, a candidate; `encoders`; `num_folds`; `cohort` facts; `left_out` ids by reason;
+            `best`, a candidate; `encoders`; `num_folds`; `cohort` facts; `unit`, what is
+            resampled, in the plural; `left_out` ids by reason;
             `chosen` trial by fold; `tests`, by task what `assess` gives, and `calibration` before
             and after temperature scaling; `temperatures` by fold; `failed` messages by trial;
             `trial_seconds`.
@@ -181,7 +182,8 @@ def _test(task: str, test: Mapping[str, Any], board: Mapping[str, Any]) -> dict[
     return {
         "task": task if len(board["tests"]) > 1 else "",
         "num": test["num"],
-        "num_groups": test["num_groups"],
+        "groups": f"{test['num_groups']} {board['unit']}",
+        "unit": board["unit"].split(" ", 1)[0],
         "metrics": metrics,
         "over_folds": bool(over),
         "points": points,

@@ -69,9 +69,11 @@ def tune_sections(
     Args:
         results: of the finished trials.
         summary: of the run.
-        held_out: `labels` int (N,), `scores` float (N,), `patients` (N,), `classes`.
+        held_out: `labels` int (N,), `scores` float (N,), `groups` (N,), `unit` (what
+            the groups are, in the plural), `classes`.
     """
     low, high = summary["auc_ci"]
+    unit = str(held_out["unit"]).split(" ", 1)[0]
     rows = [
         {
             "trial_id": result["key"],
@@ -99,17 +101,18 @@ def tune_sections(
                     held_out["labels"],
                     held_out["scores"],
                     (low, high),
-                    held_out["patients"],
+                    held_out["groups"],
+                    unit=unit,
                     positive_name=str(held_out["classes"][1]),
                 ),
-                "caption": "ROC on the held-out slides, band by patient bootstrap.",
+                "caption": f"ROC on the held-out slides, band by resampled {unit}.",
             }
         )
     result = {
         "title": "Held-out slides",
         "facts": {
             "AUC": summary["auc_heldout"],
-            "95 % CI (patients resampled)": f"{low:.3f} to {high:.3f}",
+            f"95 % CI ({unit} resampled)": f"{low:.3f} to {high:.3f}",
             "slides": summary["num_heldout"],
             "head": summary["head"],
             "registered as": summary["registered_model"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import SupportsFloat
 
 import torch
@@ -99,6 +100,34 @@ class CollapseLimits:
     entropy_share: float = 0.01
 
 
+def collapse_signs(
+    metrics: Mapping[str, SupportsFloat], limits: CollapseLimits | None = None
+) -> dict[str, str]:
+    """In which ways the features have collapsed: what is said of each, by the metric that shows it.
+
+    Args:
+        metrics: of one step (`PretrainEngine.step`); what is not there is not judged.
+        limits: None: the defaults.
+    """
+    limits = limits or CollapseLimits()
+    values = {name: float(value) for name, value in metrics.items()}
+    found = {}
+    if values.get("feature_std", math.inf) < limits.feature_std:
+        std = values["feature_std"]
+        found["feature_std"] = f"all tiles have nearly the same feature (std {std:.4f})"
+    if values.get("effective_rank", math.inf) < limits.effective_rank:
+        rank = values["effective_rank"]
+        found["effective_rank"] = f"the features lie on a line (rank {rank:.2f})"
+    bound = values.get("entropy_bound", 0.0)
+    if bound > 0:
+        margin = limits.entropy_share * bound
+        if values.get("teacher_entropy", 0.0) > bound - margin:
+            found["teacher_entropy"] = "the teacher gives every tile a uniform target"
+        if values.get("prototype_entropy", bound) < margin:
+            found["prototype_entropy"] = "the teacher gives every tile the same prototype"
+    return found
+
+
 def collapse_message(
     metrics: Mapping[str, SupportsFloat], limits: CollapseLimits | None = None
 ) -> str:
@@ -108,44 +137,45 @@ def collapse_message(
         metrics: of one step (`PretrainEngine.step`); what is not there is not judged.
         limits: None: the defaults.
     """
-    limits = limits or CollapseLimits()
-    values = {name: float(value) for name, value in metrics.items()}
-    found = []
-    if values.get("feature_std", math.inf) < limits.feature_std:
-        found.append(f"all tiles have nearly the same feature (std {values['feature_std']:.4f})")
-    if values.get("effective_rank", math.inf) < limits.effective_rank:
-        found.append(f"the features lie on a line (rank {values['effective_rank']:.2f})")
-    bound = values.get("entropy_bound", 0.0)
-    if bound > 0:
-        margin = limits.entropy_share * bound
-        if values.get("teacher_entropy", 0.0) > bound - margin:
-            found.append("the teacher gives every tile a uniform target")
-        if values.get("prototype_entropy", bound) < margin:
-            found.append("the teacher gives every tile the same prototype")
-    if not found:
+    return _sentence(collapse_signs(metrics, limits))
+
+
+def _sentence(signs: Mapping[str, str]) -> str:
+    if not signs:
         return ""
     return (
-        f"the features are collapsing: {'; '.join(found)}. Crops may be too alike (widen the "
-        "scales or the jitter), the batch too small, or the learning rate too high"
+        f"the features are collapsing: {'; '.join(signs.values())}. Crops may be too alike (widen "
+        "the scales or the jitter), the batch too small, or the learning rate too high"
     )
 
 
-@dataclass
 class CollapseWatch:
-    """`collapse_message` that speaks only when it lasts, and not before `start_step`.
+    """Says when a collapse has begun to last, when its signs change, and when it has ended.
 
-    Attributes:
+    Args:
         start_step: random weights look collapsed; judge from this step on (end of the warm-up).
-        patience: judgements in a row that must agree.
+        patience: judgements in a row without which it has not begun, changed or ended.
+        limits: None: the defaults.
     """
 
-    start_step: int = 0
-    patience: int = 3
-    limits: CollapseLimits = field(default_factory=CollapseLimits)
-    in_a_row: int = 0
+    def __init__(
+        self, start_step: int = 0, patience: int = 3, limits: CollapseLimits | None = None
+    ) -> None:
+        self._start_step, self._limits = start_step, limits
+        self._recent: deque[dict[str, str]] = deque(maxlen=patience)
+        self._said: frozenset[str] = frozenset()
 
-    def update(self, metrics: Mapping[str, SupportsFloat], step: int) -> str:
-        """The message when collapse has lasted `patience` judgements, else an empty string."""
-        message = collapse_message(metrics, self.limits) if step >= self.start_step else ""
-        self.in_a_row = self.in_a_row + 1 if message else 0
-        return message if self.in_a_row >= self.patience else ""
+    def update(self, metrics: Mapping[str, SupportsFloat], step: int) -> tuple[str, str]:
+        """Judge a step: `collapse` or `collapse_ended` and a sentence; two empty texts: no news."""
+        if step >= self._start_step:
+            self._recent.append(collapse_signs(metrics, self._limits))
+        whole = len(self._recent) == self._recent.maxlen
+        if not whole or not (self._said or all(self._recent)):
+            return "", ""
+        signs = {name: text for judged in self._recent for name, text in judged.items()}
+        if signs.keys() == self._said:
+            return "", ""
+        self._said = frozenset(signs)
+        if signs:
+            return "collapse", _sentence(signs)
+        return "collapse_ended", "the features are spread again"

@@ -42,6 +42,8 @@ def test_progress_follows_the_event_file(folder) -> None:
         [
             {"event": "start", "step": 4, "world": 2, "skipped_checkpoints": ["step_5: torn"]},
             STEP | {"step": 5, "wait_share": 0.02},
+            {"event": "collapse", "step": 5, "message": "the features are collapsing"},
+            {"event": "collapse_ended", "step": 9, "message": "the features are spread again"},
             {"event": "failed", "step": -1, "error": "OSError: disk full"},
         ],
     )
@@ -49,6 +51,8 @@ def test_progress_follows_the_event_file(folder) -> None:
         "training starts at step 4 with 2 worker(s); checkpoint passed over: step_5: torn" in text
     )
     assert "5/10 steps (50 %), loss 2.500, 50.0 tiles/s, waits 2%" in text
+    assert "step 5: the features are collapsing" in text
+    assert "step 9: the features are spread again" in text
     assert "failed: OSError: disk full" in text
     assert "of an earlier start" not in text
 

@@ -67,6 +67,8 @@ def test_a_column_groups_slides_beyond_the_patient(folder) -> None:
     make_index(folder, table, COLUMNS)
     cohort = read(folder, "label", group="image")
     assert cohort.groups.tolist() == ["p0", "p0", "p0"]
+    assert cohort_facts(cohort, [])["groups (same patient or image)"] == 1
+    assert cohort_facts(read(folder, "label"), [])["patients"] == 2
     cohort.leak_columns["image"] = ["x", "y", "x"]
     with pytest.raises(InputError, match="image x is in train and test"):
         make_folds(

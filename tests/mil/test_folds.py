@@ -44,6 +44,12 @@ def test_too_few_patients_of_a_class() -> None:
     labels = np.array([0] * 38 + [1, 1])
     with pytest.raises(InputError, match="class '1' counts 1 patients"):
         make_folds(labels, PATIENTS, folds=5, **SHARES)
+    more = {"patient": PATIENTS, "image": PATIENTS}
+    for folds in (0, 5):
+        with pytest.raises(InputError, match="class '1' counts 1 groups"):
+            make_folds(labels, PATIENTS, folds=folds, leak_columns=more, **SHARES)
+    with pytest.raises(InputError, match="class '1' counts 1 groups"):
+        final_fold(labels, PATIENTS, val_fraction=0.2, seed=1, unit="group")
 
 
 def given(split, **options):

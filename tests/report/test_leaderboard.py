@@ -39,7 +39,9 @@ def board(classes: int, folds: bool) -> dict:
     return {
         "label": "diagnosis", "rows": rows, "best": "c0", "encoders": ["ours"],
         "settings": ["aggregator", "lora_rank", "lr"], "num_folds": len(names),
-        "cohort": {"slides": 60}, "left_out": {"no label": ["s1", "s2"]},
+        "cohort": {"slides": 60},
+        "unit": "groups (same patient or image)" if folds else "patients",
+        "left_out": {"no label": ["s1", "s2"]},
         "chosen": dict.fromkeys(names, "c0"), "tests": {"diagnosis": made_test(classes, folds)},
         "temperatures": {name: [1.25] for name in names},
         "failed": {"c3": "no <slide>"}, "trial_seconds": 40.0,
@@ -58,6 +60,9 @@ def test_the_page_holds_everything_and_fetches_nothing(tmp_path, classes, folds)
         assert text in html
     assert html.count("<svg") == 3
     assert ("mean over folds" in html) == folds
+    unit = "groups (same patient or image), each" if folds else "patients, each"
+    assert f"60 slides of 20 {unit}" in html
+    assert f"95 %, {unit.split(' ', 1)[0].rstrip(',')} resampled" in html
     if classes == 3:
         assert "&lt;NILM&gt;" in html
     assert "<NILM>" not in html

@@ -42,8 +42,22 @@ def test_each_kind_of_collapse(name, value, words):
 def test_watch_waits_for_the_warmup_and_for_patience():
     watch = CollapseWatch(start_step=10, patience=2)
     bad = GOOD | {"feature_std": 0.0}
-    heard = [bool(watch.update(m, s)) for s, m in enumerate([bad] * 13 + [GOOD] + [bad] * 2)]
-    assert heard == [False] * 11 + [True, True, False, False, True]
+    heard = [watch.update(m, s)[0] for s, m in enumerate([bad] * 10 + [GOOD, bad, GOOD, bad, bad])]
+    assert heard == [""] * 14 + ["collapse"]
+
+
+def test_watch_speaks_when_collapse_begins_changes_and_ends_and_not_between():
+    watch = CollapseWatch(patience=2)
+    same_std = {"feature_std": 0.0}
+    same, flat = GOOD | same_std, GOOD | {"effective_rank": 1.0}
+    course = [same] * 20 + [same, GOOD] * 5 + [same, flat | same_std, flat, flat, flat, GOOD, GOOD]
+    news = {s: watch.update(m, s) for s, m in enumerate([*course, GOOD, GOOD, same, same])}
+    heard = {step: kind for step, (kind, _) in news.items() if kind}
+    assert heard == {1: "collapse", 31: "collapse", 33: "collapse", 36: "collapse_ended",
+                     40: "collapse"}  # fmt: skip
+    said = [news[step][1] for step in (1, 31, 33)]
+    assert [("same feature" in text, "on a line" in text) for text in said] == [
+        (True, False), (True, True), (False, True)]  # fmt: skip
 
 
 def test_diverged_says_step_and_value():
