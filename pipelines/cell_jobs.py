@@ -67,8 +67,8 @@ def begin(
         [Need(what=unit, count=1, cpus=cpus, gpus=gpus)],
         hint=f"ask for less --cpus-per-{unit} or --gpus-per-{unit}",
     )
+    tracker = Tracker(config.tracking_uri or None, config.experiment)  # before anything is written
     folder = RunFolder.open(config.out, job, to_plain(config), config.resume, may_change)
-    tracker = Tracker(config.tracking_uri or None, config.experiment)
     run_id = tracker.start_run(
         f"{job} {what}", params=to_plain(config), tags={"cytoray.job": job}, key=folder.run_id
     )

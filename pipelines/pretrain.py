@@ -169,13 +169,15 @@ def run(config: Config) -> dict[str, Any]:
     use_gpu, share = _fit_cluster(config)
     if config.dry_run:
         return say(config, plan, ssl, share, use_gpu)
+    # Before anything is written; a complete run needs it no more
+    tracker = None if config.resume else Tracker(config.tracking_uri or None, config.experiment)
     folder = RunFolder.open(config.out, "pretrain", to_plain(config), config.resume, _MAY_CHANGE)
     done = folder.read_summary() if folder.resumed else None
     if done is not None:
         send_what_is_left(config, folder, done["mlflow_run_id"])
         summary_table("pretrain: this run is complete", done)
         return done
-    tracker = Tracker(config.tracking_uri or None, config.experiment)
+    tracker = tracker or Tracker(config.tracking_uri or None, config.experiment)
     title = f"pretrain {ssl.method} {ssl.backbone.name}"
     run_id = tracker.start_run(
         title, params=to_plain(config), tags={"cytoray.job": "pretrain"}, key=folder.run_id

@@ -18,6 +18,7 @@ from cytoray.report import write_report
 from cytoray.report.pretraining import example_attention, example_views, pretrain_section
 from cytoray.runs import RunFolder
 from cytoray.streaming.plan import ReadPlan, has_nuclei_table
+from cytoray.streaming.quarantine import quarantine_facts
 from cytoray.tracking import Tracker, keep_going, send_pending
 from cytoray.training import PretrainConfig, encoder_spec, latest_checkpoint
 from cytoray.training.costs import step_costs
@@ -142,7 +143,7 @@ def finish(
         **({"cache_hit_share": _mean(events, "cache_hit_share")} if config.cache_tiles else {}),
         **{name: value for name, value in probe.items() if name.startswith("probe_")},
         "num_slides": plan.slides.num_rows,
-        "num_quarantined_tiles": _quarantined_tiles(folder.path),
+        **quarantine_facts(config.index, folder.path, plan),
         "encoder": str(encoder),
         "mlflow_run_id": run_id,
         "report": str(folder.report_path),
@@ -203,8 +204,3 @@ def send_what_is_left(config: Pretrain, folder: RunFolder, run_id: str) -> None:
 def _mean(events: Sequence[Mapping[str, Any]], name: str) -> float | None:
     values = [event[name] for event in events if event.get("event") == "step" and name in event]
     return round(sum(values) / len(values), 4) if values else None
-
-
-def _quarantined_tiles(out: Path) -> int:
-    lines = (line for path in out.glob("quarantine-rank*.jsonl") for line in path.open())
-    return len(set(lines))

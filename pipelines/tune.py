@@ -192,9 +192,9 @@ def run(config: Config) -> dict[str, Any]:
     )
     may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment",
                                "tracking_wait_s", "prefix_gb"}  # fmt: skip
+    tracker = Tracker(config.tracking_uri or None, config.experiment)  # before anything is written
     folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
     keep_space(folder, search.candidates)
-    tracker = Tracker(config.tracking_uri or None, config.experiment)
     run_id = tracker.start_run(
         f"tune {' '.join(config.label)}", params=to_plain(config),
         tags={"cytoray.job": "tune"}, key=folder.run_id,

@@ -20,6 +20,8 @@ from cytoray.tracking import patiently
 from pipelines.cell_jobs import begin
 from pipelines.embed import index_plan
 
+MAY_CHANGE_HERE = MAY_CHANGE | {"cpus_per_task", "gpus_per_task", "experiment", "tracking_wait_s"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -42,6 +44,7 @@ class Config:
         gpus_per_task: GPUs of the training; default: 1 where there are any.
         tracking_uri: MLflow; default: a SQLite file in the working folder.
         experiment: MLflow experiment.
+        tracking_wait_s: how long to wait at the end for an MLflow server that is away.
         strict: exit with code 3 when a slide could not be read.
         resume: go on with the training in `out`, after its last whole epoch.
         address: a running Ray cluster; default: start one here.
@@ -60,6 +63,7 @@ class Config:
     gpus_per_task: float | None = None
     tracking_uri: str = ""
     experiment: str = "cytoray"
+    tracking_wait_s: float = 30.0
     strict: bool = False
     resume: bool = False
     address: str | None = None
@@ -77,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
     plan = index_plan(config.index)
     begun = begin(
         "vpu", config, config.label, unit="task", cpus=config.cpus_per_task,
-        gpus=config.gpus_per_task, may_change=MAY_CHANGE | {"cpus_per_task", "gpus_per_task"},
+        gpus=config.gpus_per_task, may_change=MAY_CHANGE_HERE,
     )  # fmt: skip
     folder = begun.folder
     task = VPUTask(
@@ -105,12 +109,15 @@ def run(config: Config) -> dict[str, Any]:
     }
     folder.write_summary(summary)
 
-    def send() -> None:
+    def send() -> bool:
         begun.tracker.log_lines(begun.run_id, (folder.path / METRICS).read_bytes())
         begun.tracker.log_artifact(begun.run_id, folder.summary_path)
         begun.tracker.end_run(begun.run_id, "FINISHED")
+        return True
 
-    patiently(send)
+    if not patiently(send, config.tracking_wait_s):
+        print(f"MLflow at {begun.tracker.uri} did not take the metrics; nothing is lost: run the "
+              "same command with --resume once it is back")  # fmt: skip
     summary_table("vpu", summary)
     return summary | {"exit_code": 3 if config.strict and table.num_rows else 0}
 

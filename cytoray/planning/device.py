@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cytoray.device_peaks import PEAK_FLOPS
 from cytoray.models.backbones import build_backbone
 from cytoray.perturb import CROP_POLICIES, CropPolicy, sample_views, tile_rng
-from cytoray.planning.nodes import PEAK_FLOPS
 from cytoray.training import PretrainConfig
 from cytoray.training.engine import PretrainEngine
 

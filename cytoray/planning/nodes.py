@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cytoray.device_peaks import PEAK_FLOPS
 from cytoray.errors import raise_problems
 
 NODE_SYNTAX = "COUNTxCPUScpu[+GPUSxMODEL]@PRICE, e.g. 4x16cpu@0.35 or 2x96cpu+8xH200@33.6"
@@ -13,18 +14,6 @@ _NODE = re.compile(
     r"(?P<count>\d+)x(?P<cpus>\d+)cpu(?:\+(?P<gpus>\d+)x(?P<model>[A-Za-z][\w\-]*))?"
     r"@(?P<price>\d+(?:\.\d+)?)"
 )
-# Dense bf16 (fp16 where there is none) floating point operations a second, by the makers' sheets.
-PEAK_FLOPS: dict[str, float] = {
-    "A10": 125e12,
-    "A100": 312e12,
-    "B200": 2250e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "T4": 65e12,
-    "V100": 125e12,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from matplotlib.patches import Polygon, Rectangle
 from PIL import Image
 
 from cytoray.perturb import VIEW_COLUMN
-from cytoray.report.slide_images import blend_density, fade_background, resize_mask
+from cytoray.report.slide_images import blend_density, check_rgb, fade_background, resize_mask
 from cytoray.report.style import (
     BLUE,
     INK,
@@ -22,7 +22,6 @@ from cytoray.report.style import (
     QUIET,
     VERMILION,
     bare_axes,
-    check_rgb,
     new_figure,
     show_image,
     to_png,

@@ -26,7 +26,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Chunks looked through for tiles with nuclei to show.
 _CHUNKS_TRIED = 64
 _FACTS = ("steps", "loss", "tiles_per_s", "wait_share", "mfu", "cache_hit_share",
-          "num_quarantined_tiles", "seconds")  # fmt: skip
+          "num_quarantined_slides", "num_quarantined_tiles", "quarantine", "seconds")  # fmt: skip
 _HEALTH = ("feature_std", "effective_rank", "teacher_entropy", "wait_share", "tiles_per_s", "ema")
 _CAPTIONS = {
     "views": "Nuclei-Centred Perturbation: original tile with its nuclei (those retained in blue), "

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 
-import matplotlib
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-
-from cytoray.report.style import check_rgb
 
 QC_IMAGE_PX = 512
 _OUTLINE_RGB = (0, 114, 178)
@@ -123,7 +120,7 @@ def blend_density(rgb: np.ndarray, nuclei_xy_px: np.ndarray) -> np.ndarray:
     if peak <= 0:
         return pale.astype(np.uint8)
     level = density / peak
-    colors = matplotlib.colormaps["viridis"](level)[..., :3] * 255
+    colors = _viridis_rgb(level)
     alpha = np.clip(level * 4, 0, 0.85)[..., None]
     return ((1 - alpha) * pale + alpha * colors).astype(np.uint8)
 
@@ -158,7 +155,7 @@ def blend_focus(
     spread = padded[np.minimum(rows, scores.shape[0])][:, np.minimum(columns, scores.shape[1])]
     known = np.isfinite(spread)
     level = np.clip(np.where(known, spread, 0.0), 0.0, 1.0)
-    colors = matplotlib.colormaps["viridis"](level)[..., :3] * 255
+    colors = _viridis_rgb(level)
     alpha = np.where(known, 0.75, 0.0)[..., None]
     return ((1 - alpha) * pale + alpha * colors).astype(np.uint8)
 
@@ -167,3 +164,22 @@ def _pale(rgb: np.ndarray) -> np.ndarray:
     """A light grey copy on which colours stand out: float (h, w, 3)."""
     grey = 128 + rgb.mean(axis=2, keepdims=True) / 2
     return np.repeat(grey, 3, axis=2)
+
+
+def _viridis_rgb(level: np.ndarray) -> np.ndarray:
+    """Float (..., 3), 0 to 255, of levels from 0 to 1."""
+    import matplotlib  # here: whoever reads slides without drawing any need not wait for it
+
+    return matplotlib.colormaps["viridis"](level)[..., :3] * 255
+
+
+def check_rgb(name: str, image: np.ndarray) -> np.ndarray:
+    """Return `image` as an array if it is uint8 (h, w, 3).
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"{name} must be uint8 (h, w, 3), not {image.dtype} {image.shape}")
+    return image

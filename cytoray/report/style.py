@@ -58,18 +58,6 @@ def bare_axes(axes: Axes, title: str = "", color: str = INK) -> None:
         axes.set_title(title, fontsize=9, color=color, pad=4)
 
 
-def check_rgb(name: str, image: np.ndarray) -> np.ndarray:
-    """Return `image` as an array if it is uint8 (h, w, 3).
-
-    Raises:
-        ValueError: another shape or dtype.
-    """
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"{name} must be uint8 (h, w, 3), not {image.dtype} {image.shape}")
-    return image
-
-
 def to_png(figure: Figure) -> bytes:
     """Render to PNG bytes, without the software version and date, so that a re-run is identical."""
     stream = io.BytesIO()

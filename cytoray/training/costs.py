@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from cytoray.device_peaks import peak_of_device
 from cytoray.models.backbones import Backbone
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig
@@ -36,20 +37,6 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 # The CPU's own attention kernel, which the counter does not know by itself.
 _MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-# Dense bf16 peak of a device, FLOP/s, by a part of the name CUDA gives it (vendors' data sheets).
-PEAK_BF16_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "L40S": 362e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "L4": 121e12,
-    "A10": 125e12,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,5 +198,4 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of a CUDA device, FLOP/s; None when it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    return peak_of_device(torch.cuda.get_device_name(device))

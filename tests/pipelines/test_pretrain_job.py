@@ -69,7 +69,9 @@ def test_every_step_is_logged_and_finite(pretrained) -> None:
     assert 0 <= last["wait_share"] <= 1
     assert pretrained.summary["steps"] == 12
     assert pretrained.summary["loss"] == last["loss"]
+    assert pretrained.summary["num_quarantined_slides"] == 0
     assert pretrained.summary["num_quarantined_tiles"] == 0
+    assert pretrained.summary["quarantine"] == str(pretrained.out / "quarantine.parquet")
 
 
 def test_plain_timm_loads_the_encoder(pretrained) -> None:
