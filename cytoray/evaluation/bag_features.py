@@ -63,7 +63,7 @@ def read_labels(path: Path, columns: Columns | None = None) -> Labels:
     classes = tuple(sorted(set(labelled.columns[label])))
     if len(classes) < 2:
         raise InputError(
-            f"{path}: column {label!r} has one class only ({classes[0]}); two are needed"
+            f"{path}: column {label!r} has one class only ({', '.join(classes)}); two are needed"
         )
     groups = labelled.columns[group] if group else [_slide_of(name, unit) for name in names]
     split = labelled.columns.get("split", [])
