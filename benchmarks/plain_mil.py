@@ -24,10 +24,26 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     return F.cross_entropy(logits[None], label[None])
 
 
+def dense(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer as torch has it, whatever the package's layers do."""
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def dropped(layer: Any, x: Tensor) -> Tensor:
+    """Dropout as torch has it."""
+    return F.dropout(x, layer.p, layer.training)
+
+
 def gated(scorer: Any, hidden: Tensor) -> Tensor:
     """Gated attention scores (N, K)."""
-    branch = torch.tanh(scorer.value(hidden)) * torch.sigmoid(scorer.gate(hidden))
-    return scorer.score(branch)
+    value = dropped(scorer.dropout, torch.tanh(dense(scorer.value, hidden)))
+    gate = dropped(scorer.dropout, torch.sigmoid(dense(scorer.gate, hidden)))
+    return scorer.score(value * gate)
+
+
+def embedded(model: Any, bag: Tensor) -> Tensor:
+    """Hidden features (N, H) of ABMIL and CLAM."""
+    return dropped(model.embed[1], torch.relu(dense(model.embed[0], bag)))
 
 
 def plain_mean(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +62,7 @@ def plain_max(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
 def plain_abmil(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Gated ABMIL."""
-    hidden = torch.relu(model.embed[0](bag))
+    hidden = embedded(model, bag)
     attention = gated(model.attention, hidden).T.softmax(dim=1)
     logits = model.classifier(attention @ hidden)[0]
     return logits, cross_entropy(logits, label)
@@ -54,7 +70,7 @@ def plain_abmil(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]
 
 def plain_clam(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """CLAM-SB and -MB with the instance branch of the true class."""
-    hidden = model.embed(bag)
+    hidden = embedded(model, bag)
     scores = gated(model.attention, hidden).T
     pooled = scores.softmax(dim=1) @ hidden
     logits = (pooled * model.classifier.weight).sum(dim=1) + model.classifier.bias
@@ -70,9 +86,10 @@ def plain_dsmil(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]
     """DSMIL."""
     instance = model.instance_classifier(bag)
     best = instance.argmax(dim=0)
-    query = model.query(bag)
+    inner = torch.relu(dense(model.query[0], bag))
+    query = torch.tanh(dense(model.query[2], inner))
     attention = (query @ query[best].T / math.sqrt(query.shape[1])).softmax(dim=0)
-    logits = model.bag_classifier((attention.T @ bag)[None])[0, :, 0]
+    logits = model.bag_classifier((attention.T @ dropped(model.dropout, bag))[None])[0, :, 0]
     strongest = instance.amax(dim=0)
     return logits, 0.5 * (cross_entropy(logits, label) + cross_entropy(strongest, label))
 
@@ -82,7 +99,7 @@ def plain_dtfd(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(bag))
     pooled, losses = [], []
     for part in order.tensor_split(min(model.num_pseudo_bags, len(bag))):
-        hidden = torch.relu(model.embed[0](bag[part]))
+        hidden = torch.relu(dense(model.embed[0], bag[part]))
         pooled.append(gated(model.attention, hidden).T.softmax(dim=1) @ hidden)
         losses.append(cross_entropy(model.pseudo_classifier(pooled[-1])[0], label))
     distilled = torch.cat(pooled).detach()
@@ -98,7 +115,7 @@ def plain_nystrom(layer: Any, tokens: Tensor) -> Tensor:
     padded = F.pad(tokens, (0, 0, padding, 0))
     q, k, v = (
         part.reshape(len(padded), layer.heads, -1).transpose(0, 1)
-        for part in layer.to_qkv(padded).chunk(3, dim=1)
+        for part in dense(layer.to_qkv, padded).chunk(3, dim=1)
     )
     q = q / math.sqrt(dim // layer.heads)
     group = len(padded) // layer.num_landmarks
@@ -113,12 +130,12 @@ def plain_nystrom(layer: Any, tokens: Tensor) -> Tensor:
         inner = 15 * eye - product @ (7 * eye - product)
         inverse = 0.25 * inverse @ (13 * eye - product @ inner)
     out = (first @ inverse) @ (last @ v) + layer.values_conv(v[None])[0]
-    return layer.to_out(out.transpose(0, 1).flatten(1))[padding:]
+    return dense(layer.to_out, out.transpose(0, 1).flatten(1))[padding:]
 
 
 def plain_transmil(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """TransMIL."""
-    hidden = model.embed(bag)
+    hidden = torch.relu(dense(model.embed[0], bag))
     side = math.ceil(math.sqrt(len(bag)))
     tokens = torch.cat([model.class_token, hidden, hidden[: side * side - len(bag)]])
     tokens = tokens + plain_nystrom(model.layers[0], model.norms[0](tokens))
@@ -144,7 +161,7 @@ def plain_unicas(model: Any, bag: Tensor, label: Tensor) -> tuple[Tensor, Tensor
             kept = scores >= scores.topk(min(attention.top_m, len(scores))).values[-1]
             weights = scores.masked_fill(~kept, -torch.inf).softmax(dim=0)
             tokens.append(attention.project[task](weights @ values))
-            summed = summed + attention.project[task](patches * kept[:, None])
+            summed = summed + dense(attention.project[task], patches * kept[:, None])
         x = x + torch.cat([torch.stack(tokens), summed])
         moe, normed = model.moes[block], model.moe_norms[block](x)
         routing = normed @ moe.slots

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
+from cytoray.mil.layers import Dropout, Linear, linear
 from cytoray.mil.packing import segment_softmax, weighted_sums
 
 
@@ -37,9 +37,9 @@ class AttentionScorer(nn.Module):
         heads: int = 1,
     ) -> None:
         super().__init__()
-        self.value = nn.Linear(hidden_dim, attention_dim)
-        self.gate = nn.Linear(hidden_dim, attention_dim) if gated else None
-        self.dropout = nn.Dropout(dropout)
+        self.value = Linear(hidden_dim, attention_dim)
+        self.gate = Linear(hidden_dim, attention_dim) if gated else None
+        self.dropout = Dropout(dropout)
         self.score = nn.Linear(attention_dim, heads)
 
     def forward(self, hidden_th: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class AttentionScorer(nn.Module):
             return self.score(self.dropout(torch.tanh(self.value(hidden_th))))
         weight = torch.cat([self.value.weight, self.gate.weight])
         bias = torch.cat([self.value.bias, self.gate.bias])
-        value_tl, gate_tl = F.linear(hidden_th, weight, bias).chunk(2, dim=1)  # one product for two
+        value_tl, gate_tl = linear(hidden_th, weight, bias).chunk(2, dim=1)  # one product for two
         gate_tl = self.dropout(torch.sigmoid(gate_tl))
         return self.score(self.dropout(torch.tanh(value_tl)) * gate_tl)
 
@@ -84,6 +84,7 @@ class ABMIL(Aggregator):
     """
 
     optimizer_defaults: ClassVar = {"lr": 5e-4, "weight_decay": 1e-4}
+    cpu_instances: ClassVar = 4096
 
     def __init__(
         self,
@@ -96,9 +97,7 @@ class ABMIL(Aggregator):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(in_dim, num_classes)
-        self.embed = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)
-        )
+        self.embed = nn.Sequential(Linear(in_dim, hidden_dim, relu=True), Dropout(dropout))
         self.attention = AttentionScorer(hidden_dim, attention_dim, gated=gated, dropout=dropout)
         self.classifier = nn.Linear(hidden_dim, self.num_logits)
 

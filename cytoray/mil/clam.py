@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cytoray.errors import choose
 from cytoray.mil.abmil import AttentionScorer, attention_pool
 from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
+from cytoray.mil.layers import Dropout, Linear
 
 
 def smooth_top1_svm(logits: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +75,7 @@ class CLAM(Aggregator):
 
     multi_task = False
     optimizer_defaults: ClassVar = {"lr": 1e-4, "weight_decay": 1e-5}
+    cpu_instances: ClassVar = 4096
     num_branches = 1
 
     def __init__(
@@ -95,9 +97,7 @@ class CLAM(Aggregator):
             choose("instance loss", instance_loss, INSTANCE_LOSSES)
         ]
         branches = self.num_branches or self.num_classes
-        self.embed = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True), nn.Dropout(dropout)
-        )
+        self.embed = nn.Sequential(Linear(in_dim, hidden_dim, relu=True), Dropout(dropout))
         self.attention = AttentionScorer(hidden_dim, attention_dim, dropout=dropout, heads=branches)
         self.classifier = nn.Linear(hidden_dim, self.num_classes)
         self.instance_classifiers = nn.ModuleList(

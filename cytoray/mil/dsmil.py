@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
+from cytoray.mil.layers import Dropout, Linear
 from cytoray.mil.packing import segment_argmax, segment_softmax, split_bags, weighted_sums
 
 
@@ -47,9 +48,9 @@ class DSMIL(Aggregator):
         super().__init__(in_dim, num_classes)
         self.instance_classifier = nn.Linear(in_dim, self.num_logits)
         self.query = nn.Sequential(
-            nn.Linear(in_dim, query_dim), nn.ReLU(), nn.Linear(query_dim, query_dim), nn.Tanh()
+            Linear(in_dim, query_dim), nn.ReLU(), Linear(query_dim, query_dim), nn.Tanh()
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.bag_classifier = nn.Conv1d(self.num_logits, self.num_logits, kernel_size=in_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv1d):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cytoray.errors import choose
 from cytoray.mil.abmil import AttentionScorer
 from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
+from cytoray.mil.layers import Linear
 from cytoray.mil.packing import segment_argmax, segment_softmax, segment_sum, weighted_sums
 
 DISTILLATIONS = ("afs", "max", "maxmin")
@@ -67,6 +68,7 @@ class DTFD(Aggregator):
 
     multi_task = False
     optimizer_defaults: ClassVar = {"lr": 1e-4, "weight_decay": 1e-4, "clip_grad": 5.0}
+    cpu_instances: ClassVar = 4096
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class DTFD(Aggregator):
         super().__init__(in_dim, num_classes)
         self.num_pseudo_bags = num_pseudo_bags
         self.distillation = choose("distillation", distillation, DISTILLATIONS)
-        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim, bias=False), nn.ReLU(inplace=True))
+        self.embed = nn.Sequential(Linear(in_dim, hidden_dim, bias=False, relu=True))
         self.dropout = nn.Dropout(dropout)
         self.attention = AttentionScorer(hidden_dim, attention_dim)
         self.pseudo_classifier = nn.Linear(hidden_dim, num_classes)

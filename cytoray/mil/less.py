@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cytoray.errors import InputError
 from cytoray.mil.base import Aggregator, MILOutput
 from cytoray.mil.folding import fold_query, unfold_values
+from cytoray.mil.layers import Dropout, Linear
 from cytoray.mil.packing import PackedBags, TokenRows, prepend_tokens
 
 
@@ -33,9 +34,9 @@ class SelfBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.qkv, self.out = Linear(dim, 3 * dim), Linear(dim, dim)
+        self.mlp = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), Linear(4 * dim, dim))
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_rd: Tensor, sizes: list[int]) -> Tensor:
         """Rows (R, D) of bags of `sizes` rows, to the same shape."""
@@ -165,7 +166,7 @@ class LESS(Aggregator):
         super().__init__(in_dim, num_classes)
         if hidden_dim % heads:
             raise InputError(f"hidden_dim {hidden_dim} is not a multiple of heads {heads}")
-        self.embeds = nn.ModuleList(nn.Linear(in_dim, hidden_dim) for _ in range(2))
+        self.embeds = nn.ModuleList(Linear(in_dim, hidden_dim) for _ in range(2))
         self.class_tokens = nn.Parameter(0.02 * torch.randn(2, hidden_dim))
         self.blocks = nn.ModuleList(
             TwoScaleBlock(hidden_dim, heads, (fine_depth, coarse_depth), dropout)

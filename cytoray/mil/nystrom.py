@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cytoray.mil.layers import Dropout, Linear
+
 
 class IterativePinv:
     """Moore-Penrose pseudo-inverse by the third-order iteration of the paper, kept as factors.
@@ -114,9 +116,9 @@ class NystromAttention(nn.Module):
         self.heads, self.head_dim = heads, dim // heads
         self.num_landmarks, self.pinv_iterations = num_landmarks, pinv_iterations
         self.scale_over = scale_over
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.to_qkv = Linear(dim, 3 * dim, bias=False)
+        self.to_out = Linear(dim, dim)
+        self.dropout = Dropout(dropout)
         self.values_conv = nn.Conv2d(
             heads, heads, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=heads, bias=False
         )

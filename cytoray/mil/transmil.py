@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError
 from cytoray.mil.base import Aggregator, MILOutput
+from cytoray.mil.layers import Linear
 from cytoray.mil.nystrom import NystromAttention
 from cytoray.mil.packing import split_bags
 
@@ -72,7 +73,7 @@ class TransMIL(Aggregator):
         super().__init__(in_dim, num_classes)
         if hidden_dim % heads:
             raise InputError(f"hidden_dim {hidden_dim} is not a multiple of heads {heads}")
-        self.embed = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(inplace=True))
+        self.embed = nn.Sequential(Linear(in_dim, hidden_dim, relu=True))
         self.class_token = nn.Parameter(torch.randn(1, hidden_dim))
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(2))
         self.layers = nn.ModuleList(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cytoray.errors import InputError
 from cytoray.mil.base import Aggregator, MILOutput
 from cytoray.mil.folding import fold_query, unfold_values
+from cytoray.mil.layers import Linear
 from cytoray.mil.packing import TokenRows, prepend_tokens, segment_sum
 from cytoray.mil.transmil import PPEG
 
@@ -59,7 +60,7 @@ class TaskAttention(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
-        self.project = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(num_tasks))
+        self.project = nn.ModuleList(Linear(dim, dim, bias=False) for _ in range(num_tasks))
 
     def forward(self, x_rd: Tensor, normed_rd: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
         """Add the attention's answer to `x_rd`.
@@ -288,5 +289,5 @@ def square_index(offsets: Tensor) -> tuple[Tensor, Tensor]:
 def _front(in_dim: int, dim: int, released: bool) -> nn.Module:
     """What stands between the features and the first block."""
     if released:
-        return nn.Sequential(nn.Linear(in_dim, dim), nn.LayerNorm(dim), nn.GELU())
-    return nn.Identity() if dim == in_dim else nn.Linear(in_dim, dim)
+        return nn.Sequential(Linear(in_dim, dim), nn.LayerNorm(dim), nn.GELU())
+    return nn.Identity() if dim == in_dim else Linear(in_dim, dim)

@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cytoray.mil.layers import Dropout, Linear, linear
+
+
+def relative(mine, reference):
+    return float((mine - reference).detach().abs().max() / reference.detach().abs().max())
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 24, 8), (300, 24, 1), (777, 130, 70)])
+def test_linear_is_the_product_and_its_gradients(rows, width, out, bias, relu):
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [(rows, width), (out, width), *([(out,)] if bias else [])]
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    weights = torch.randn(rows, out, generator=generator)
+    mine = [value.clone().requires_grad_() for value in values]
+    exact = [value.double().requires_grad_() for value in values]
+    answer = linear(*mine, relu=relu)
+    x, weight, *rest = exact
+    expected = torch.einsum("td,hd->th", x, weight) + sum(rest)
+    expected = expected.clamp(min=0) if relu else expected
+    assert answer.shape == (rows, out)
+    assert relative(answer, expected) < 1e-6
+    (answer * weights).sum().backward()
+    (expected * weights.double()).sum().backward()
+    for a, b in zip(mine, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert relative(a.grad, b.grad) < 2e-6
+
+
+def test_linear_takes_any_layout_and_repeats_itself():
+    x, weight = torch.randn(130, 777), torch.randn(2 * 70, 130)[::2]
+    first = linear(x.T, weight)
+    assert relative(first, x.T.double() @ weight.T.double()) < 1e-6
+    assert torch.equal(first, linear(x.T.contiguous(), weight.contiguous()))
+    assert torch.equal(first, linear(x.T, weight))
+
+
+def test_linear_follows_the_precision_it_is_given():
+    x, weight = torch.randn(777, 130), torch.randn(70, 130)
+    wide = linear(x.double(), weight.double(), relu=True)
+    assert torch.equal(wide, F.linear(x.double(), weight.double()).relu())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_the_layer_has_the_state_and_the_start_of_torch_s():
+    torch.manual_seed(1)
+    own = Linear(130, 70, relu=True)
+    torch.manual_seed(1)
+    plain = nn.Linear(130, 70)
+    plain.load_state_dict(own.state_dict())
+    x = torch.randn(777, 130)
+    assert torch.allclose(own(x), plain(x).relu(), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.9])
+def test_dropout_leaves_out_its_share_and_scales_the_rest(share, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 331, dtype=dtype, requires_grad=True)
+    out = Dropout(share)(x)
+    kept = out != 0
+    count = x.numel()
+    spread = math.sqrt(count * share * (1 - share))
+    assert abs(float(kept.sum()) - count * (1 - share)) < 5 * spread
+    scale = torch.tensor(1 / (1 - share)).to(dtype)
+    assert torch.allclose(out[kept], scale, rtol=1e-4 if dtype != torch.bfloat16 else 1e-2)
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+def test_dropout_draws_every_element_by_itself():
+    """Neighbours share a random word: they agree as often as independent draws do."""
+    torch.manual_seed(0)
+    kept = Dropout(0.25)(torch.ones(400_000)) != 0
+    expected = 0.75**2 + 0.25**2
+    for apart in (1, 2, 3, 4, 5):
+        agree = (kept[apart:] == kept[:-apart]).double().mean()
+        assert abs(float(agree) - expected) < 5 * math.sqrt(expected * (1 - expected) / 4e5)
+
+
+def test_dropout_follows_the_seed_and_rests_in_evaluation():
+    layer, x = Dropout(0.5), torch.randn(50, 7)
+    torch.manual_seed(3)
+    first = layer(x)
+    second = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert not Dropout(1.0)(x).any()
+    assert torch.equal(layer.eval()(x), x)
