@@ -8,6 +8,9 @@ The loop is the published form in plain torch (`benchmarks.plain_mil`), one bag 
 which was published for 100 tiles a slide, gets so many, and its loop is the package's own
 aggregator. A batch of 8 is that of `MILConfig`. Rounds are interleaved; figures are ratios of
 medians. torchmil's ABMIL runs on the same bags padded to the longest, where torchmil is installed.
+Both sides are float32 (what `train_frozen` uses) without dropout; `vs_loop_bf16` has both under
+autocast, `dropout_vs_loop` both with the dropout of `MILConfig`, and `abmil_vs_stepping_loop` an
+optimiser step for the batch against one a bag, as a loop of batch 1 trains.
 `--all` adds prediction, and `own`: the package's aggregator one bag at a time.
 
 The multi-task figure is the time of one UniCAS pass for three tasks (8 blocks, top 256, 8 experts)
@@ -34,10 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain_mil import PLAIN, one_bag, sum_of
-from cytoray.mil import AGGREGATORS, PackedBags, build_aggregator, pack
+from cytoray.mil import AGGREGATORS, MILConfig, PackedBags, build_aggregator, pack
 
 WIDTH, SMALLEST, LARGEST = 384, 50, 5_000
 SECONDS = 8.0  # of an aggregator's rounds, about
+IN_DETAIL = ("abmil", "clam", "clam_mb", "dsmil")
+KINDS = {"bf16": "vs_loop_bf16", "dropout": "dropout_vs_loop", "step": "vs_stepping_loop"}
 HAS_TORCHMIL = importlib.util.find_spec("torchmil") is not None
 
 
@@ -69,23 +74,44 @@ def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def train_packed(model: Any, packed: PackedBags, labels: Tensor) -> float:
+def train_packed(model: Any, packed: PackedBags, labels: Tensor, *, bf16: bool = False) -> float:
     """One training step on all bags at once."""
     model.zero_grad()
-    loss = sum_of(model.loss(model(*packed), labels))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = sum_of(model.loss(model(*packed), labels))
     loss.backward()
     return float(loss.detach())
 
 
-def train_loop(model: Any, bags: list[Tensor], labels: Tensor, step: Any) -> float:
+def train_loop(
+    model: Any, bags: list[Tensor], labels: Tensor, step: Any, *, bf16: bool = False
+) -> float:
     """One training step, a bag at a time."""
     model.zero_grad()
     total = 0.0
     for bag, label in zip(bags, labels, strict=True):
-        loss = step(model, bag, label)[1] / len(bags)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = step(model, bag, label)[1] / len(bags)
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def stepping(model: Any, bags: list[Tensor], labels: Tensor) -> dict[str, Callable[[], Any]]:
+    """ABMIL with its optimiser: a step for all bags, and a step a bag."""
+    packed, plain = pack(bags), PLAIN["abmil"]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def once() -> None:
+        train_packed(model, packed, labels)
+        optimiser.step()
+
+    def each() -> None:
+        for bag, label in zip(bags, labels, strict=True):
+            train_loop(model, [bag], label[None], plain)
+            optimiser.step()
+
+    return {"step packed": once, "step loop": each}
 
 
 @torch.no_grad()
@@ -133,6 +159,16 @@ def runs_of(name: str, bags: list[Tensor], labels: Tensor) -> dict[str, Callable
         "predict loop": lambda: predict_loop(model, bags, plain, labels[0]),
         "predict own": lambda: predict_loop(model, bags, one_bag, labels[0]),
     }
+    if name in IN_DETAIL:
+        dropping = build_aggregator(name, WIDTH, 2, dropout=MILConfig().dropout)
+        runs |= {
+            "bf16 packed": lambda: train_packed(model, packed, labels, bf16=True),
+            "bf16 loop": lambda: train_loop(model, bags, labels, plain, bf16=True),
+            "dropout packed": lambda: train_packed(dropping, packed, labels),
+            "dropout loop": lambda: train_loop(dropping, bags, labels, plain),
+        }
+    if name == "abmil":
+        runs |= stepping(build_aggregator(name, WIDTH, 2, dropout=0.0), bags, labels)
     if name == "abmil" and HAS_TORCHMIL:
         runs["train torchmil"] = padded_abmil(bags, labels)
     return runs
@@ -148,10 +184,14 @@ def measure(
     if same_answer and gap > 1e-3:
         raise RuntimeError(f"{name}: packed and plain logits differ by {gap:.1e}")
     if not everything:
-        wanted = ("train packed", "train loop", "train torchmil")
-        runs = {run: call for run, call in runs.items() if run in wanted}
+        left_out = ("train own", "predict packed", "predict loop", "predict own")
+        runs = {run: call for run, call in runs.items() if run not in left_out}
     seconds = interleaved(runs, repeats)
     figures = {f"{name}_vs_loop": seconds["train loop"] / seconds["train packed"]}
+    for kind, key in KINDS.items():
+        if f"{kind} loop" in seconds:
+            ratio = seconds[f"{kind} loop"] / seconds[f"{kind} packed"]
+            figures[f"{name}_{key}"] = ratio
     if everything:
         figures[f"{name}_vs_own_loop"] = seconds["train own"] / seconds["train packed"]
         figures[f"{name}_predict_vs_loop"] = seconds["predict loop"] / seconds["predict packed"]
