@@ -234,9 +234,10 @@ class Trial:
         self.aggregator.train()
         total = torch.zeros((), device=self.device)
         for packed, labels, coarse in self.batches(epoch):
-            output = self.aggregator(packed.features, packed.offsets, coarse)
-            terms = self.aggregator.loss(output, labels, self.weights)
-            loss = torch.stack(list(terms.values())).sum()
+            with self._autocast():
+                output = self.aggregator(packed.features, packed.offsets, coarse)
+                terms = self.aggregator.loss(output, labels, self.weights)
+                loss = torch.stack(list(terms.values())).sum()
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if self.config.clip_grad:
@@ -249,6 +250,11 @@ class Trial:
         if not math.isfinite(mean):
             raise InputError(f"the loss is {mean} in epoch {epoch}; lower lr or lora_lr")
         return mean
+
+    def _autocast(self) -> torch.autocast:
+        """Products of the aggregator in bf16 where that is asked for; `auto` keeps float32."""
+        asked = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=asked)
 
     def _evaluate(self) -> tuple[dict[str, float], dict[str, float]]:
         self.aggregator.eval()

@@ -91,7 +91,8 @@ class TaskAttention(nn.Module):
         )
         moved_rows, moved = self._projected(normed_rd, torch.cat(kept, dim=1))
         where = torch.cat([rows.token_rows.flatten(), moved_rows])
-        out_rd = x_rd.index_add(0, where, torch.cat([tokens_bkd.flatten(0, 1), moved]))
+        answers = torch.cat([tokens_bkd.flatten(0, 1), moved]).to(x_rd.dtype)
+        out_rd = x_rd.index_add(0, where, answers)
         weights_khr = torch.cat(attention, dim=1).unflatten(0, (self.num_tasks, self.heads))
         return out_rd, weights_khr.float().mean(dim=1).T
 

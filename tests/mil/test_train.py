@@ -33,15 +33,23 @@ def make_bags(count, seed, num_classes=2, width=16, positives=(0.6, 0.3)):
     return bags
 
 
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_separable_bags_are_learnt(name):
+def test_separable_bags_are_learnt(name, precision):
     options = SMALL.get(name, {})
     lr = 3e-3 if options else 3e-2  # those without a hidden layer are linear in the features
     epochs = 5 if name in ("transmil", "less") else 15
     config = MILConfig(
-        aggregator=name, options=options, lr=lr, epochs=epochs, dropout=0, patience=0
+        aggregator=name,
+        options=options,
+        lr=lr,
+        epochs=epochs,
+        dropout=0,
+        patience=0,
+        precision=precision,
     )
     result = train_frozen(config, make_bags(80, 1), make_bags(40, 2), 2)
+    assert all(value.dtype == torch.float32 for value in result.state_dict.values())
     test_bags = make_bags(60, 3)
     predictions = predict(result.build(), [bag.features for bag in test_bags])
     labels = np.array([bag.label for bag in test_bags])
