@@ -88,7 +88,7 @@ def read_ours(plan: ReadPlan, cpus: int) -> Iterator[int]:
     tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     for table in tables:
         for i in range(table.num_rows):
-            pixels = unpack_chunk(table.slice(i, 1), 0, None)["pixels"]
+            pixels = unpack_chunk(table.slice(i, 1))["pixels"]
             assert pixels.dtype == np.uint8
             yield len(pixels)
 

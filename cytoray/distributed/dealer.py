@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import ray
 from cytoray.distributed.stage_meter import Reporter
 from cytoray.distributed.tile_source import tile_blocks
 from cytoray.streaming import ChunkOrder, Step, deal
+from cytoray.streaming.dealing import Slice
 from cytoray.streaming.plan import ReadPlan
 
 _STEPS_AHEAD = 4
@@ -35,13 +37,16 @@ class Dealer:
         first = order.first_position(dealing["start"])
         stop = dealing["end_epoch"] * order.num_chunks
 
+        @lru_cache(maxsize=order.shuffle_chunks)
         def rows(position: int) -> int:
             return plan.tiles_in_chunk(int(order.chunks(np.array([position]))[1][0]))
 
         def blocks() -> Iterator[tuple[Any, int]]:
-            refs = tile_blocks(**source, start=first, stop=stop)
-            for position, ref in enumerate(refs, start=first):
-                yield ref, rows(position)
+            for ref, positions in tile_blocks(**source, start=first, stop=stop):
+                begin = 0
+                for position in positions:
+                    yield (ref, begin), rows(position)
+                    begin += rows(position)
 
         self._reporter = Reporter(source.get("meter", ""), "dealer")
         self._world = dealing["world_size"]
@@ -73,8 +78,8 @@ class Dealer:
         """The slices of `rank` in global batch `step` (counted from this dealer's start).
 
         Returns:
-            `slices`: (block reference, start, stop) each; `after`: StreamPosition; `tiles`: of the
-            whole batch. None when the stream has ended.
+            `slices`: (block reference, first row, row after the last) each; `after`:
+            StreamPosition; `tiles`: of the whole batch. None when the stream has ended.
         """
         with self._changed:
             self._changed.wait_for(lambda: step in self._steps or self._end is not None)
@@ -84,7 +89,7 @@ class Dealer:
                 return None
             dealt = self._steps[step]
             out = {
-                "slices": [(s.block, s.start, s.stop) for s in dealt.shares[rank]],
+                "slices": [_rows_of_block(part) for part in dealt.shares[rank]],
                 "after": dealt.after,
                 "tiles": dealt.tiles,
             }
@@ -98,6 +103,12 @@ class Dealer:
     def _note_changed(self) -> None:
         self._reporter.gauge("batches ready", len(self._steps))
         self._changed.notify_all()
+
+
+def _rows_of_block(part: Slice) -> tuple[Any, int, int]:
+    """Rows of a chunk as rows of the block that holds it."""
+    reference, begin = part.block
+    return reference, begin + part.start, begin + part.stop
 
 
 def start_dealer(source: dict[str, Any], dealing: dict[str, Any]) -> str:

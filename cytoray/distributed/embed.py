@@ -71,7 +71,7 @@ class EmbedChunks:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for i in range(table.num_rows):
             self.reporter.switch(EMBED)
-            columns = unpack_chunk(table.slice(i, 1), 0, None)
+            columns = unpack_chunk(table.slice(i, 1))
             pixels = columns.pop("pixels")
             packed = pack_chunk(columns | {"features": self.embed(pixels)})
             self.reporter.switch("")
@@ -212,7 +212,7 @@ def _stream(
     tables: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     for table in tables:
         for i in range(table.num_rows):
-            yield unpack_chunk(table.slice(i, 1), 0, None)
+            yield unpack_chunk(table.slice(i, 1))
 
 
 class _BagWriter:

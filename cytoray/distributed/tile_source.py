@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,12 +21,17 @@ from ray.data.datasource import Datasource, ReadTask
 from cytoray.distributed.cluster import Share, Shared
 from cytoray.distributed.stage_meter import DETECT, PERTURB, READ, READERS, Reporter
 from cytoray.patience import ReadTries
+from cytoray.slides import TILES_PER_CHUNK
 from cytoray.streaming import ChunkOrder
+from cytoray.streaming.plan import ReadPlan
 from cytoray.streaming.tile_pixels import ChunkTiles
 from cytoray.streaming.tiles import TileReader, TileReaderConfig
 
 _POSITIONS_PER_LIST_TASK = 100_000
 _CHUNKS_PER_TASK = 4
+# Pixels of a block of several chunks, at most: every block costs the same few milliseconds in the
+# processes of Ray, whatever is in it.
+_BLOCK_BYTES = 64 << 20
 
 
 class Positions(Datasource):
@@ -48,9 +54,10 @@ class Positions(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         start, stop = self._range
+        several = _POSITIONS_PER_LIST_TASK // self._together * self._together
         return [
-            _positions_task(low, min(low + _POSITIONS_PER_LIST_TASK, stop), self._together)
-            for low in range(start, stop, _POSITIONS_PER_LIST_TASK)
+            _positions_task(low, min(low + several, stop), self._together)
+            for low in range(start, stop, several)
         ]
 
 
@@ -67,10 +74,10 @@ def _positions_task(low: int, high: int, together: int) -> ReadTask:
 
 
 class ReadTiles:
-    """Ray Data stage: a position -> one row holding all tiles of its chunk.
+    """Ray Data stage: positions -> one row holding all tiles of their chunks, one after the other.
 
     Columns in: `position` int64. Columns out: those of `TileReader.read`, each packed into one
-    value (`pack_chunk`), so that a block is a chunk and crosses to the workers without a copy.
+    value (`pack_chunk`), so that it crosses to the workers without a copy.
     """
 
     def __init__(
@@ -79,14 +86,28 @@ class ReadTiles:
         cv2.setNumThreads(1)  # the actor's share is one core
         self.reader = TileReader(plan.get(), order, config)
         self.reporter = Reporter(meter, READERS)
+        self._room = np.empty((0, *tile_shape(self.reader.plan)), np.uint8)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        for position in table.column("position").to_pylist():
-            columns = self.reader.read(position)
+        positions = table.column("position").to_pylist()
+        ends = np.cumsum([self.reader.num_tiles(position) for position in positions])
+        # The same memory task after task, for what was returned is copied into the object store
+        # by then; new memory would cost as much again as filling it.
+        if len(self._room) < ends[-1]:
+            self._room = np.empty((ends[-1], *self._room.shape[1:]), np.uint8)
+        parts = []
+        for position, pixels in zip(positions, np.split(self._room, ends)[:-1], strict=True):
+            parts.append(self.reader.read(position, pixels))
             for stage in (READ, DETECT, PERTURB):
-                seconds = columns[f"{stage}_s"]
+                seconds = parts[-1][f"{stage}_s"]
                 self.reporter.add(stage, seconds=float(seconds.sum()), done=len(seconds))
-            yield pack_chunk(columns)
+        columns = {
+            name: self._room[: ends[-1]]
+            if name == "pixels"
+            else np.concatenate([part[name] for part in parts])
+            for name in parts[0]
+        }
+        yield pack_chunk(columns)
 
 
 class ReadChunks:
@@ -104,6 +125,11 @@ class ReadChunks:
             seconds = time.perf_counter() - began
             self.reporter.add(READ, seconds=seconds, done=len(columns["tile_id"]))
             yield pack_chunk(columns)
+
+
+def tile_shape(plan: ReadPlan) -> tuple[int, int, int]:
+    """Shape of a tile's pixels."""
+    return plan.tile_px, plan.tile_px, 3
 
 
 def pack_chunk(columns: dict[str, np.ndarray]) -> pa.Table:
@@ -124,8 +150,8 @@ def pack_chunk(columns: dict[str, np.ndarray]) -> pa.Table:
     return pa.table(packed)
 
 
-def unpack_chunk(table: pa.Table, start: int, stop: int | None) -> dict[str, np.ndarray]:
-    """Tiles [start, stop) of a packed chunk (None: to its end).
+def unpack_chunk(table: pa.Table) -> dict[str, np.ndarray]:
+    """The tiles that `pack_chunk` packed.
 
     Numbers are read-only views of the block, nothing is copied.
     """
@@ -135,9 +161,9 @@ def unpack_chunk(table: pa.Table, start: int, stop: int | None) -> dict[str, np.
         name, _, kind = field_name.partition("|")
         if kind:
             dtype, shape = json.loads(kind)
-            columns[name] = np.frombuffer(_only_value(column), dtype).reshape(shape)[start:stop]
+            columns[name] = np.frombuffer(_only_value(column), dtype).reshape(shape)
         else:
-            columns[name] = np.array(column[0].as_py()[start:stop], dtype=np.str_)
+            columns[name] = np.array(column[0].as_py(), dtype=np.str_)
     return columns
 
 
@@ -160,8 +186,8 @@ def tile_blocks(
     reserved_cpus: float,
     reserved_gpus: float,
     meter: str = "",
-) -> Iterator[Any]:
-    """Run the stream: one block reference a position, in reading order.
+) -> Iterator[tuple[Any, range]]:
+    """Run the stream: references of blocks and the positions in each, in reading order.
 
     Args:
         plan: the `ReadPlan`.
@@ -180,6 +206,8 @@ def tile_blocks(
     options.exclude_resources = type(options.exclude_resources)(
         cpu=reserved_cpus, gpu=reserved_gpus
     )
+    tile_bytes = math.prod(tile_shape(plan.get()))
+    together = min(max(_BLOCK_BYTES // (TILES_PER_CHUNK * tile_bytes), 1), _CHUNKS_PER_TASK)
     dataset = chunk_dataset(
         ReadTiles,
         (plan, order, config, meter),
@@ -189,10 +217,13 @@ def tile_blocks(
         cpus_per_reader=share.cpus_per_reader,
         min_readers=share.min_readers,
         max_readers=share.max_readers,
+        together=together,
     )
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:
-            yield entry.ref
+            positions = range(start, min(start + together, stop))
+            yield entry.ref, positions
+            start = positions.stop
 
 
 def chunk_dataset(
@@ -205,8 +236,9 @@ def chunk_dataset(
     max_readers: int,
     min_readers: int = 1,
     cpus_source: float = 0.1,
+    together: int = _CHUNKS_PER_TASK,
 ) -> ray.data.Dataset:
-    """Positions [start, stop) through reading actors; one block a position, in order.
+    """Positions [start, stop) through reading actors, in order; a block is a row of the stage.
 
     Args:
         stage: `ReadTiles` or `ReadChunks`.
@@ -217,18 +249,19 @@ def chunk_dataset(
         max_readers: actors at most, and at first: Ray Data adds them seconds apart.
         min_readers: actors without which nothing starts.
         cpus_source: CPUs of the task that lists the positions.
+        together: positions that a reader is given at once.
     """
     quiet_data_context()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     # Blocks are passed on when they are larger than this: positions by the task, int64 each, and
-    # every chunk for itself.
-    context.target_max_block_size = 8 * _CHUNKS_PER_TASK - 1
+    # every row of tiles for itself.
+    context.target_max_block_size = 8 * together - 1
     # A reader works a task through without waiting for its blocks to be fetched: with Ray Data's
     # two in waiting it stands still for more than half of the time.
     context._max_num_blocks_in_streaming_gen_buffer = _CHUNKS_PER_TASK
     return ray.data.read_datasource(
-        Positions(start, stop, together=_CHUNKS_PER_TASK),
+        Positions(start, stop, together=together),
         num_cpus=cpus_source,
         override_num_blocks=1,
         concurrency=1,  # lists that wait for their turn would hold the CPUs of readers
@@ -242,7 +275,9 @@ def chunk_dataset(
             min_size=min_readers,
             max_size=max_readers,
             initial_size=max_readers,
-            max_tasks_in_flight_per_actor=2,
+            # Ray Data looks for finished tasks every 0.1 s where one of many is slow; with two
+            # tasks each readers run dry meanwhile.
+            max_tasks_in_flight_per_actor=4,
         ),
     )
 
@@ -254,4 +289,5 @@ def quiet_data_context() -> None:
     context.print_on_execution_start = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = -1
+    context.memory_usage_poll_interval_s = None  # a thread that starts and ends with every task
     logging.getLogger("ray.data").setLevel(logging.ERROR)

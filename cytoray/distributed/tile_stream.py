@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,23 @@ class Ahead:
             self._changed.notify_all()
 
 
+class RecentBlocks:
+    """Blocks of the last two batches, unpacked: most of them hold tiles of the next one as well."""
+
+    def __init__(self) -> None:
+        self._last: dict[Any, dict[str, np.ndarray]] = {}
+        self._before: dict[Any, dict[str, np.ndarray]] = {}
+
+    def get(self, references: Iterable[Any]) -> dict[Any, dict[str, np.ndarray]]:
+        """Columns by block reference; fetched where they are not at hand."""
+        known = self._before | self._last
+        wanted = dict.fromkeys(references)
+        missing = [reference for reference in wanted if reference not in known]
+        known |= zip(missing, map(unpack_chunk, ray.get(missing)), strict=True)
+        self._before, self._last = self._last, {reference: known[reference] for reference in wanted}
+        return self._last
+
+
 class TileStream:
     """Iterates over one rank's batches; a thread fetches ahead so that training does not wait.
 
@@ -109,6 +126,7 @@ class TileStream:
         self._device_busy = device_busy
         self._dealer = ray.get_actor(dealer_name, namespace="cytoray")
         self._rank = rank
+        self._blocks = RecentBlocks()
         self._ahead = Ahead(prefetch)
         self._thread = threading.Thread(target=self._fetch, daemon=True)
         self._thread.start()
@@ -129,14 +147,13 @@ class TileStream:
         except BaseException as error:
             self._ahead.put(error)
 
-    @staticmethod
-    def _assemble(got: dict[str, Any]) -> TileBatch:
-        blocks = ray.get([ref for ref, _, _ in got["slices"]])
-        parts = [
-            unpack_chunk(block, start, stop)
-            for block, (_, start, stop) in zip(blocks, got["slices"], strict=True)
-        ]
-        columns = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    def _assemble(self, got: dict[str, Any]) -> TileBatch:
+        slices = got["slices"]
+        blocks = self._blocks.get(reference for reference, _, _ in slices)
+        columns = {
+            name: np.concatenate([blocks[ref][name][start:stop] for ref, start, stop in slices])
+            for name in blocks[slices[0][0]]
+        }
         return TileBatch(columns=columns, after=got["after"], tiles=got["tiles"])
 
     def __iter__(self) -> Iterator[TileBatch]:

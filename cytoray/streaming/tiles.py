@@ -113,8 +113,16 @@ class TileReader:
             None if config.nuclei_dir else build_detector(config.detector, **config.detector_kwargs)
         )
 
-    def read(self, position: int) -> dict[str, np.ndarray]:
+    def num_tiles(self, position: int) -> int:
+        """Tiles of the chunk at `position`."""
+        return self.plan.tiles_in_chunk(int(self.order.chunks(np.array([position]))[1][0]))
+
+    def read(self, position: int, pixels: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Tiles of the chunk at `position`, in an order of their own per epoch.
+
+        Args:
+            position: in the reading order.
+            pixels: uint8 (n, S, S, 3), where to put the pixels; None: in memory of their own.
 
         Returns:
             Columns, one row a tile: `pixels` uint8 (n, S, S, 3); `views` float32 (n, V, P), see
@@ -130,10 +138,10 @@ class TileReader:
         slide_id = self.slides.row(slide)["slide_id"]
         rng = tile_rng(self.config.seed, epoch, f"{slide_id}:{chunk}")
         indices = indices[rng.permutation(len(indices))].tolist()
-        return self._chunk_rows(slide, chunk, indices, epoch)
+        return self._chunk_rows(slide, chunk, indices, epoch, pixels)
 
     def _chunk_rows(
-        self, slide: int, number: int, indices: list[int], epoch: int
+        self, slide: int, number: int, indices: list[int], epoch: int, out: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         row = self.slides.row(slide)
         _, layout = self.slides.layout(slide)
@@ -150,7 +158,7 @@ class TileReader:
             corner = layout.tile_rect_px(*place, index)[:2]
             made = self._tile(tile_id(name, index), row, pixels, corner, source.nuclei, epoch)
             tiles.append(made)
-        return _columns(tiles, source)
+        return _columns(tiles, source, out)
 
     def _from_slide(
         self, slide: int, row: dict[str, Any], number: int, place: tuple[int, int]
@@ -254,12 +262,14 @@ class TileReader:
         return nuclei[inside_core(nuclei, core_px, mpp=self.grid.mpp, mpp_slide=mpp_slide)]
 
 
-def _columns(part: list[dict[str, Any]], source: _ChunkSource) -> dict[str, np.ndarray]:
+def _columns(
+    part: list[dict[str, Any]], source: _ChunkSource, pixels: np.ndarray | None
+) -> dict[str, np.ndarray]:
     n = len(part)
     return {
         "tile_id": np.array([p["tile_id"] for p in part]),
         "error": np.array([p["error"] for p in part]),
-        "pixels": np.stack([p["pixels"] for p in part]),
+        "pixels": np.stack([p["pixels"] for p in part], out=pixels),
         "views": np.stack([p["views"] for p in part]).astype(np.float32),
         "num_nuclei": np.array([p["num_nuclei"] for p in part], np.int32),
         "cached": np.full(n, source.cached),

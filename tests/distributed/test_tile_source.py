@@ -33,27 +33,22 @@ def columns(rng) -> dict[str, np.ndarray]:
 def test_a_chunk_is_one_row_and_comes_back(columns) -> None:
     table = pack_chunk(columns)
     assert table.num_rows == 1
-    back = unpack_chunk(table, 0, None)
+    back = unpack_chunk(table)
     assert list(back) == list(columns)
     for name, values in columns.items():
         assert back[name].dtype.kind == values.dtype.kind
         assert np.array_equal(back[name], values)
 
 
-def test_a_slice_of_a_chunk_is_a_view(columns) -> None:
-    table = pack_chunk(columns)
-    part = unpack_chunk(table, 1, 3)
-    for name, values in columns.items():
-        assert np.array_equal(part[name], values[1:3])
-    pixels = part["pixels"]
-    address = table.column(0).chunk(0).buffers()[2].address
-    assert pixels.__array_interface__["data"][0] == address + columns["pixels"][0].nbytes
+def test_a_chunk_is_packed_and_unpacked_without_a_copy(columns) -> None:
+    pixels = unpack_chunk(pack_chunk(columns))["pixels"]
+    assert np.shares_memory(pixels, columns["pixels"])
     assert not pixels.flags.writeable
 
 
 def test_columns_of_another_layout_in_memory(columns) -> None:
     turned = columns["pixels"].transpose(0, 2, 1, 3)
-    back = unpack_chunk(pack_chunk({"pixels": turned}), 0, None)
+    back = unpack_chunk(pack_chunk({"pixels": turned}))
     assert np.array_equal(back["pixels"], turned)
 
 
@@ -63,7 +58,7 @@ def test_one_row_of_a_table_of_chunks(columns) -> None:
     table = pa.concat_tables(tables)
     for whole in (table, table.combine_chunks()):
         for i in range(3):
-            views = unpack_chunk(whole.slice(i, 1), 0, None)["views"]
+            views = unpack_chunk(whole.slice(i, 1))["views"]
             assert np.array_equal(views, columns["views"] + i)
 
 
@@ -82,37 +77,49 @@ def test_positions_are_listed_in_order_in_bounded_pieces() -> None:
         [8, 9, 10],
         [11],
     ]
+    tasks = Positions(0, 100_001, together=3).get_read_tasks(1)
+    assert [task.metadata.num_rows for task in tasks] == [99_999, 2]  # every block is whole
+
+
+def read_back(blocks) -> list[tuple[range, dict[str, np.ndarray]]]:
+    """Positions and tiles of each block."""
+    import ray
+
+    return [(positions, unpack_chunk(ray.get(ref))) for ref, positions in blocks]
+
+
+def joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 @pytest.mark.ray
-def test_blocks_come_in_reading_order_one_a_chunk(ray_cluster, read_plan, nuclei_dir) -> None:
+@pytest.mark.parametrize(("block_bytes", "together"), [(64 << 20, 4), (1, 1)])
+def test_blocks_come_in_reading_order(
+    ray_cluster, read_plan, nuclei_dir, monkeypatch, block_bytes, together
+) -> None:
     """Whatever reader is faster: position by position what `TileReader` gives alone."""
-    import ray
-
+    monkeypatch.setattr(tile_source, "_BLOCK_BYTES", block_bytes)
     order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=5, shuffle_chunks=4)
     config = TileReaderConfig(seed=5, policy=POLICY, nuclei_dir=nuclei_dir)
-    share = share_cpus(4, 1, cpus_per_worker=1, max_readers=2)
     start, stop = 3, read_plan.num_chunks + 5  # on into the second epoch
     blocks = tile_blocks(
         Shared(read_plan),
         order,
         config,
-        share,
+        share_cpus(4, 1, cpus_per_worker=1, max_readers=2),
         start=start,
         stop=stop,
         reserved_cpus=1,
         reserved_gpus=0,
     )
     reader = TileReader(read_plan, order, config)
-    count = 0
-    for position, reference in enumerate(blocks, start=start):
-        chunk = unpack_chunk(ray.get(reference), 0, None)
-        alone = reader.read(position)
-        assert chunk["tile_id"].tolist() == alone["tile_id"].tolist()
-        assert np.array_equal(chunk["pixels"], alone["pixels"])
-        assert np.array_equal(chunk["views"], alone["views"])
-        count += 1
-    assert count == stop - start
+    found = read_back(blocks)
+    for positions, tiles in found:
+        alone = joined([reader.read(position) for position in positions])
+        for name in ("tile_id", "pixels", "views", "num_nuclei"):
+            assert np.array_equal(tiles[name], alone[name]), name
+    assert [p for positions, _ in found for p in positions] == list(range(start, stop))
+    assert {len(positions) for positions, _ in found[:-1]} == {together}
 
 
 class DeadlyReadTiles(tile_source.ReadTiles):
@@ -135,8 +142,6 @@ class DeadlyReadTiles(tile_source.ReadTiles):
 def test_a_slide_that_kills_its_readers_is_given_up_and_the_order_holds(
     ray_cluster, read_plan, nuclei_dir, tmp_path, monkeypatch
 ) -> None:
-    import ray
-
     monkeypatch.setattr(tile_source, "ReadTiles", DeadlyReadTiles)
     order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=5, shuffle_chunks=4)
     config = TileReaderConfig(seed=5, policy=POLICY, nuclei_dir=nuclei_dir)
@@ -152,17 +157,16 @@ def test_a_slide_that_kills_its_readers_is_given_up_and_the_order_holds(
         reserved_gpus=0,
     )
     reader = TileReader(read_plan, order, config)
+    died = "the process reading it died 1 times [reader_crashed]"
     count = lost = 0
-    for position, reference in enumerate(blocks):
-        chunk = unpack_chunk(ray.get(reference), 0, None)
-        alone = reader.read(position)
-        assert chunk["tile_id"].tolist() == alone["tile_id"].tolist()
-        slide = read_plan.slide_of(order.chunks(np.array([position]))[1])
-        if slide == [1]:
-            assert set(chunk["error"]) == {"the process reading it died 1 times [reader_crashed]"}
-            lost += 1
-        else:
-            assert np.array_equal(chunk["pixels"], alone["pixels"])
-            assert set(chunk["error"]) == {""}
-        count += 1
-    assert 0 < lost < count == read_plan.num_chunks
+    for positions, tiles in read_back(blocks):
+        alone = [reader.read(position) for position in positions]
+        slides = read_plan.slide_of(order.chunks(np.array(positions))[1])
+        bad = np.repeat(slides == 1, [len(chunk["tile_id"]) for chunk in alone])
+        assert tiles["tile_id"].tolist() == joined(alone)["tile_id"].tolist()
+        assert np.array_equal(tiles["pixels"][~bad], joined(alone)["pixels"][~bad])
+        assert tiles["error"].tolist() == np.where(bad, died, "").tolist()
+        lost += bad.sum()
+        count += len(positions)
+    assert lost > 0
+    assert count == read_plan.num_chunks

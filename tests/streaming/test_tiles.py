@@ -154,3 +154,12 @@ def test_a_damaged_spot_is_an_error_of_its_tiles_alone(read_plan, tmp_path) -> N
     damaged = with_path(read_plan, 0, corrupt_tile(source, tmp_path / source.name, 5))
     errors = joined(read_epoch(make_reader(damaged)))["error"]
     assert 0 < (errors != "").sum() <= 16  # a JPEG tile of 256 px holds 4 x 4 tiles
+
+
+def test_pixels_are_put_where_they_are_wanted(read_plan) -> None:
+    reader = make_reader(read_plan)
+    room = np.full((reader.num_tiles(2) + 1, *reader.read(2)["pixels"].shape[1:]), 7, np.uint8)
+    columns = reader.read(2, room[1:])
+    assert columns["pixels"].base is room
+    assert np.array_equal(room[1:], make_reader(read_plan).read(2)["pixels"])
+    assert (room[0] == 7).all()
