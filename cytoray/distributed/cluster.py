@@ -24,6 +24,9 @@ _QUIET = {
     # page of it that was never used before costs ten times what copying a tile into it does.
     "RAY_free_objects_period_milliseconds": "50",
 }
+# Of a cluster started here, which has no dashboard: what would be collected for it takes some
+# percent of a small machine.
+_UNSEEN = {"RAY_task_events_report_interval_ms": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
 _AUTH_TOKEN = Path("~/.ray/auth_token")
 _NO_CLUSTER = "start one with `ray start --head`, or leave --address out to run here"
 _ANSWER_WITHIN_S = 5.0
@@ -59,6 +62,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
                 f"{_NO_CLUSTER}"
             ) from None
     else:
+        for name, value in _UNSEEN.items():
+            os.environ.setdefault(name, value)
         cpus = num_cpus or int(os.environ.get("CYTORAY_NUM_CPUS", "0")) or _usable_cores()
         ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
 
