@@ -61,7 +61,13 @@ CYTOFM = Pretrain(
         backbone=BackboneConfig(name="vit_base_patch16_224", drop_path=0.1),
         crops=CropConfig(num_local=10),
         head=HeadConfig(out_dim=8192),
-        loss=LossConfig(mask_ratio_min=0.1, mask_ratio_max=0.5, teacher_temp_warmup_steps=15_000),
+        loss=LossConfig(
+            teacher_temp=0.04,
+            teacher_patch_temp=0.07,
+            teacher_temp_warmup_steps=15_000,
+            mask_ratio_min=0.1,
+            mask_ratio_max=0.5,
+        ),
         optim=OptimConfig(
             lr=2e-3,  # the published 5e-4 x batch / 256
             warmup_steps=5000,
@@ -77,8 +83,8 @@ CYTOFM = Pretrain(
     workers=8,
 )
 """CytoFM (2025): iBOT, ViT-B/16, 2 x 224 and 10 x 96 px crops, shared head of 8192 prototypes,
-moving centre, weight decay 0.04 to 0.4, teacher temperature 0.04 to 0.07 over three times the
-warm-up (30 and 10 epochs there; iBOT leaves the class token's at 0.04, ours follows the patches').
+moving centre, weight decay 0.04 to 0.4, teacher temperature 0.04, for patches 0.04 to 0.07 over
+three times the warm-up (30 and 10 epochs there).
 Batch and steps are iBOT's; the paper gives neither. 477 GFLOP a tile, 102 million tiles: 4.9e19
 FLOP, 14 hours at a sustained PFLOP/s; at least 31 GiB a worker."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +68,14 @@ def configured_head(config: HeadConfig, embed_dim: int) -> DINOHead:
     )
 
 
+def _patch_teacher_temp(config: PretrainConfig) -> Callable[[int], float] | None:
+    if config.loss.teacher_patch_temp is None:
+        return None
+    from cytoray.training.schedules import patch_teacher_temp  # which itself imports the methods
+
+    return partial(patch_teacher_temp, config)
+
+
 def build_self_distillation(
     config: PretrainConfig, *, ibot_weight: float, koleo_weight: float, centering: str
 ) -> SelfDistillation:
@@ -88,6 +98,7 @@ def build_self_distillation(
             ibot_weight=ibot_weight,
             koleo_weight=koleo_weight if loss.koleo_weight is None else loss.koleo_weight,
             student_temp=loss.student_temp,
+            patch_teacher_temp=_patch_teacher_temp(config),
             centering=loss.centering or centering,
             centre_momentum=loss.centre_momentum,
             masks=MaskPolicy(

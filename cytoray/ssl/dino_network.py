@@ -5,7 +5,7 @@ Shapes: D width of the backbone, K prototypes, M masked patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -17,12 +17,18 @@ from cytoray.ssl.masks import MaskPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Weights, temperatures and masks of the three losses."""
+    """Weights, temperatures and masks of the three losses.
+
+    Attributes:
+        patch_teacher_temp: temperature of the patches' targets by the step; None: that of the
+            class tokens'.
+    """
 
     dino_weight: float = 1.0
     ibot_weight: float = 1.0
     koleo_weight: float = 0.1
     student_temp: float = 0.1
+    patch_teacher_temp: Callable[[int], float] | None = None
     centering: str = "sinkhorn"
     centre_momentum: float = 0.9
     masks: MaskPolicy = field(default_factory=MaskPolicy)

@@ -140,11 +140,12 @@ class SelfDistillation(Method):
         )
         views = batches[0].crops.global_crops.shape[1]
         with torch.autocast(logits.device.type, enabled=False):
-            temp = batches[0].context.teacher_temp
-            aims = self.cls_targets(logits, temp=temp, overwrite=True)
+            context, patch_temp_at = batches[0].context, self.settings.patch_teacher_temp
+            aims = self.cls_targets(logits, temp=context.teacher_temp, overwrite=True)
             aims = aims.split([len(x) for x in cls])
             patch_aims: Sequence[Tensor | None] = [None] * len(batches)
             if patch_logits is not None:
+                temp = patch_temp_at(context.step) if patch_temp_at else context.teacher_temp
                 whole = self.patch_targets(patch_logits, temp=temp, overwrite=True)
                 patch_aims = whole.split([len(x) for x in patches])
         return [

@@ -80,6 +80,9 @@ class LossConfig:
         koleo_weight: None: 0.1 for `dinov2`, 0 for `dino` and `ibot`.
         ibot_weight: None: 1 for `dinov2` and `ibot`, 0 for `dino`.
         centering: None: `sinkhorn` for `dinov2`, `centering` for `dino` and `ibot`.
+        teacher_temp: of the teacher, at the end of its warm-up from `teacher_temp_start`.
+        teacher_patch_temp: of its targets for masked patches, from the same start; None: as for the
+            class token (DINOv2). iBOT has 0.07 here and a `teacher_temp` of 0.04.
         teacher_temp_warmup_steps: None: as many as the learning rate's warm-up.
         mask_share: share of the global crops that are masked, exactly int(2B * share) of them.
     """
@@ -90,6 +93,7 @@ class LossConfig:
     student_temp: float = 0.1
     teacher_temp_start: float = 0.04
     teacher_temp: float = 0.07
+    teacher_patch_temp: float | None = None
     teacher_temp_warmup_steps: int | None = None
     centering: Literal["sinkhorn", "centering"] | None = None
     centre_momentum: float = 0.9
@@ -258,8 +262,15 @@ def _range_problems(config: PretrainConfig) -> list[str]:
             f"backbone.drop_path must be in [0, 1), is {backbone.drop_path}",
         ),
         (
-            min(loss.student_temp, loss.teacher_temp_start, loss.teacher_temp) > 0,
-            "loss.student_temp, teacher_temp_start and teacher_temp must be above 0",
+            min(
+                loss.student_temp,
+                loss.teacher_temp_start,
+                loss.teacher_temp,
+                1.0 if loss.teacher_patch_temp is None else loss.teacher_patch_temp,
+            )
+            > 0,
+            "loss.student_temp, teacher_temp_start, teacher_temp and teacher_patch_temp must be "
+            "above 0",
         ),
         (
             min(loss.dino_weight, loss.ibot_weight or 0, loss.koleo_weight or 0) >= 0,

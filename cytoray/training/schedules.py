@@ -46,12 +46,22 @@ def step_values(config: PretrainConfig, step: int) -> StepValues:
     """All schedules of a run at `step` (DINOv2: lr = base * sqrt(batch / 1024))."""
     optim, loss, total = config.optim, config.loss, config.total_steps
     peak = optim.lr * math.sqrt(config.batch_size / REFERENCE_BATCH)
-    temp_steps = loss.teacher_temp_warmup_steps
-    temp_steps = optim.warmup_steps if temp_steps is None else temp_steps
     return StepValues(
         lr=warmup_cosine(step, peak, optim.min_lr, warmup=optim.warmup_steps, total=total),
         weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, total),
         ema=cosine(step, optim.ema, optim.ema_end, total),
-        teacher_temp=linear(step, loss.teacher_temp_start, loss.teacher_temp, temp_steps),
+        teacher_temp=_teacher_temp(config, step, loss.teacher_temp),
         last_layer_frozen=step < optim.freeze_last_layer_steps,
     )
+
+
+def patch_teacher_temp(config: PretrainConfig, step: int) -> float:
+    """Temperature of the teacher's targets for masked patches at `step`."""
+    end = config.loss.teacher_patch_temp
+    return _teacher_temp(config, step, config.loss.teacher_temp if end is None else end)
+
+
+def _teacher_temp(config: PretrainConfig, step: int, end: float) -> float:
+    steps = config.loss.teacher_temp_warmup_steps
+    steps = config.optim.warmup_steps if steps is None else steps
+    return linear(step, config.loss.teacher_temp_start, end, steps)

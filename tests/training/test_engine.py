@@ -165,7 +165,7 @@ def _slow_loss(engine: PretrainEngine, crops: Crops, step: int) -> float:
     tiles = crops.global_crops.shape[0]
     made = make_block_masks(0, step, num_crops=2 * tiles, start=0, stop=2 * tiles, grid=(4, 4))
     mask = torch.from_numpy(made.mask)
-    temp = 0.04
+    temp, patch_temp = 0.04, 0.06  # of step 4, halfway to 0.08
     total, pairs, patch_total = 0.0, 0, 0.0
     assert crops.local_crops is not None
     for tile in range(tiles):
@@ -175,7 +175,7 @@ def _slow_loss(engine: PretrainEngine, crops: Crops, step: int) -> float:
             t, s = teacher.backbone(image), student.backbone(image, own)
             targets.append(torch.softmax(teacher.cls_head(t.cls) / temp, -1))
             outs.append(torch.log_softmax(student.cls_head(s.cls) / 0.1, -1))
-            patches = torch.softmax(teacher.cls_head(t.patches[own]) / temp, -1)
+            patches = torch.softmax(teacher.cls_head(t.patches[own]) / patch_temp, -1)
             logs = torch.log_softmax(student.cls_head(s.patches[own]) / 0.1, -1)
             if own.any():
                 patch_total += float(-(patches * logs).sum(-1).mean())
@@ -192,7 +192,8 @@ def _slow_loss(engine: PretrainEngine, crops: Crops, step: int) -> float:
 
 
 def test_whole_method_against_loops():
-    config = _config(method="ibot", backbone=BackboneConfig(kwargs=KWARGS))
+    loss = LossConfig(teacher_patch_temp=0.08, teacher_temp_warmup_steps=8)
+    config = _config(method="ibot", backbone=BackboneConfig(kwargs=KWARGS), loss=loss)
     engine = PretrainEngine(config, "cpu")
     _run(engine, range(2))  # so that teacher and student differ
     for targets in (engine.method.cls_targets, engine.method.patch_targets):

@@ -1,10 +1,17 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cytoray.training import CropConfig, LossConfig, OptimConfig, PretrainConfig
-from cytoray.training.schedules import cosine, linear, step_values, warmup_cosine
+from cytoray.training.schedules import (
+    cosine,
+    linear,
+    patch_teacher_temp,
+    step_values,
+    warmup_cosine,
+)
 
 
 def test_endpoints_and_middles():
@@ -40,6 +47,11 @@ def test_a_run():
     assert step_values(config, 150).teacher_temp == pytest.approx(0.055)
     assert step_values(config, 300).teacher_temp == last.teacher_temp == 0.07
     assert [step_values(config, s).last_layer_frozen for s in (9, 10)] == [True, False]
+    assert patch_teacher_temp(config, 150) == step_values(config, 150).teacher_temp
+    ibot = replace(config, loss=replace(config.loss, teacher_temp=0.04, teacher_patch_temp=0.07))
+    assert [step_values(ibot, s).teacher_temp for s in (0, 150, 300)] == [0.04] * 3
+    temps = [patch_teacher_temp(ibot, s) for s in (0, 150, 300, 999)]
+    assert temps == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
 @pytest.mark.parametrize(("start", "end"), [(4e-3, 1e-6), (0.04, 0.4), (0.992, 1.0)])
