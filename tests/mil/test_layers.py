@@ -44,6 +44,24 @@ def test_linear_takes_any_layout_and_repeats_itself():
     assert torch.equal(first, linear(x.T, weight))
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN is for AVX-512"
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_products_and_their_gradients_are_onednn_s(threads):
+    before = torch.get_num_threads()
+    x, weight = torch.randn(777, 130, requires_grad=True), torch.randn(70, 130, requires_grad=True)
+    torch.set_num_threads(threads)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            linear(x, weight, relu=True).sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    called = {event.key for event in profile.key_averages()}
+    assert {"aten::mkldnn_convolution", "aten::convolution_backward"} <= called
+    assert not called & {"aten::addmm", "aten::mm", "aten::_slow_conv2d_forward"}
+
+
 def test_linear_follows_the_precision_it_is_given():
     x, weight = torch.randn(777, 130), torch.randn(70, 130)
     wide = linear(x.double(), weight.double(), relu=True)
