@@ -122,6 +122,10 @@ class Config:
             problems.append("--val-fraction and --test-fraction must be above 0 and sum below 1")
         if self.attention_images < 0 or self.num_draws < 1:
             problems.append("--attention-images must be 0 or more, --num-draws 1 or more")
+        if min(self.split_seed, *self.shot_seeds, 0) < 0:
+            problems.append("--split-seed and --shot-seeds must be 0 or more")
+        if self.cpus_per_task < 0 or (self.gpus_per_task or 0) < 0:
+            problems.append("--cpus-per-task and --gpus-per-task must be 0 or more")
         raise_problems("this evaluation cannot be run:", problems)
 
 
@@ -353,6 +357,11 @@ def _finish(
         "few_shot": [point for point in curves if point["metric"] == config.metric],
         "comparisons": comparisons,
         "failed": failed,
+        "unconverged": [
+            f"{row['encoder']} {row['probe']} after {row['chosen']['unconverged']:.0f} steps"
+            for row in probes
+            if "unconverged" in row["chosen"]
+        ],
         "metric": config.metric,
         "split_seed": config.split_seed,
         "attention_of": list(settings.images),

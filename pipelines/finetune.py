@@ -122,6 +122,8 @@ class Config:
         problems += [f"--shots {n} must be 1 or more" for n in self.shots if n < 1]
         problems += [f"--shares {s:g} must be above 0 to 1" for s in self.shares if not 0 < s <= 1]
         problems += [f"--lrs {lr:g} must be above 0" for lr in self.lrs if lr <= 0]
+        if min(self.split_seed, self.max_concurrent, *self.seeds, 0) < 0:
+            problems.append("--seeds, --split-seed and --max-concurrent must be 0 or more")
         if self.fit not in FITS:
             problems.append(f"--fit {self.fit!r} is none of {', '.join(FITS)}")
         problems += [

@@ -155,6 +155,13 @@ class Config:
             for name, count in counts.items()
             if count < 1
         ]
+        least = {"seed": self.seed, "max-concurrent": self.max_concurrent,
+                 "tracking-wait-s": self.tracking_wait_s}  # fmt: skip
+        problems += [
+            f"--{name} must be 0 or more, not {value:g}"
+            for name, value in least.items()
+            if value < 0
+        ]
         if self.folds < 0 or self.folds == 1:
             problems.append(f"--folds must be 0 (one split) or 2 and more, not {self.folds}")
         if self.reduction <= 1:

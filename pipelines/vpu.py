@@ -9,7 +9,7 @@ from typing import Any
 
 from cytoray.distributed.cluster import Shared
 from cytoray.distributed.vpu import METRICS, VPUTask, run_extractor
-from cytoray.errors import InputError, choose
+from cytoray.errors import choose, raise_problems
 from cytoray.mil.cohort import Cohort, read_cohort
 from cytoray.mil.folds import Fold, final_fold, make_folds
 from cytoray.mil.train_vpu import VPUConfig
@@ -69,8 +69,14 @@ class Config:
     address: str | None = None
 
     def __post_init__(self) -> None:
+        problems = []
         if not 0 < self.val_fraction < 1:
-            raise InputError(f"--val-fraction must be above 0 and below 1, not {self.val_fraction}")
+            problems.append(f"--val-fraction must be above 0 and below 1, not {self.val_fraction}")
+        if self.cpus_per_task < 0 or (self.gpus_per_task or 0) < 0:
+            problems.append("--cpus-per-task and --gpus-per-task must be 0 or more")
+        if self.split_seed < 0 or self.tracking_wait_s < 0:
+            problems.append("--split-seed and --tracking-wait-s must be 0 or more")
+        raise_problems("this training cannot be run:", problems)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ to answer for, and gives class probabilities. Shapes: N training, M queries, D w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
@@ -109,7 +111,7 @@ def linear(
     num_classes: int,
     *,
     c_grid: Sequence[float] = C_GRID,
-    max_iterations: int = 500,
+    max_iterations: int = 5000,
     balanced: bool = False,
     seed: int = 0,
 ) -> ProbeResult:
@@ -127,6 +129,10 @@ def linear(
         max_iterations: of L-BFGS, for each C (it starts from the last one's answer).
         balanced: weigh classes by their inverse frequency.
         seed: not used; the answer is deterministic.
+
+    Returns:
+        The answer; `unconverged` in its facts: the iterations after which the chosen fit stopped
+        short of the optimum.
     """
     mean = train.features.mean(axis=0, dtype=np.float64)
     deviation = train.features.std(axis=0, dtype=np.float64)
@@ -136,17 +142,35 @@ def linear(
         max_iter=max_iterations, warm_start=True, class_weight="balanced" if balanced else None
     )
     if val is None:
-        model.set_params(C=1.0).fit(known, train.labels)
-        return ProbeResult(model.predict_proba(asked), {"c": 1.0})
+        facts = {"c": 1.0} | _fitted(model, 1.0, known, train.labels)
+        return ProbeResult(model.predict_proba(asked), facts)
     best, answer, facts = (-np.inf, -np.inf), np.empty(0), {}
     held_out = (val.features - mean) * scale
     for c in c_grid:
-        model.set_params(C=c).fit(known, train.labels)
+        short = _fitted(model, c, known, train.labels)
         accuracy, log_loss = _judged(model.predict_proba(held_out), val.labels)
         if (accuracy, -log_loss) > best:
             best, answer = (accuracy, -log_loss), model.predict_proba(asked)
-            facts = {"c": float(c), "val_accuracy": accuracy, "val_loss": log_loss}
+            facts = {"c": float(c), "val_accuracy": accuracy, "val_loss": log_loss} | short
     return ProbeResult(answer, facts)
+
+
+def _fitted(
+    model: LogisticRegression, c: float, features: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """Fit in place; `unconverged` and the iterations where that was not enough, else nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.set_params(C=c).fit(features, labels)
+    short = False
+    for warning in caught:
+        if issubclass(warning.category, ConvergenceWarning):
+            short = True
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return {"unconverged": float(np.max(model.n_iter_))} if short else {}
 
 
 def two_layer(

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -121,3 +123,28 @@ def test_problems_are_all_said():
         run_probe("svm", train, None, test.features, 3)
     with pytest.raises(InputError, match=r"whole numbers in 0\.\.1"):
         run_probe("knn", train, None, test.features, 2)
+
+
+def test_the_linear_probe_converges_on_correlated_features_of_an_encoders_width() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 2000)
+    turn = np.linalg.qr(rng.normal(size=(192, 192)))[0]
+    means = 0.1 * rng.normal(size=(4, 192))
+    values = (rng.normal(size=(2000, 192)) + means[labels]) / np.arange(1, 193) ** 1.5
+    features = (values @ turn).astype(np.float32)
+    train, val = Labelled(features[200:], labels[200:]), Labelled(features[:200], labels[:200])
+    few = run_probe("linear", train, val, features, 4, c_grid=(10.0,), max_iterations=500)
+    assert few.facts["unconverged"] == 500, "or the features are too easy to show anything"
+    assert "unconverged" not in run_probe("linear", train, val, features, 4, c_grid=(10.0,)).facts
+
+
+@pytest.mark.parametrize("chosen_on", ["validation", "nothing"])
+def test_a_fit_that_stops_short_says_so_without_a_warning_of_the_library(chosen_on) -> None:
+    train, test = make(), make(60, seed=1)
+    val = test if chosen_on == "validation" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short = run_probe("linear", train, val, test.features, 3, max_iterations=1)
+        whole = run_probe("linear", train, val, test.features, 3)
+    assert short.facts["unconverged"] == 1.0
+    assert "unconverged" not in whole.facts

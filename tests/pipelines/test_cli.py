@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cytoray import __version__
-from pipelines.cli import JOBS
+from pipelines.cli import JOBS, main
 
 from ..conftest import TINY_VIT
 
@@ -301,3 +301,24 @@ class TestWithAnIndex:
         assert "tile_px: 64 -> 96" in said
         assert "keep_share: 0.02 -> 0.1" in said
         assert "mpp" not in said.replace(str(indexed.out), "")
+
+
+@pytest.mark.parametrize(
+    ("job", "needed", "flags"),
+    [
+        ("vpu", "--index i --encoder e --out o",
+         ["--split-seed", "--cpus-per-task", "--gpus-per-task", "--tracking-wait-s"]),
+        ("evaluate", "--cells c --encoders e --out o",
+         ["--split-seed", "--shot-seeds", "--cpus-per-task", "--gpus-per-task"]),
+        ("tune", "--index i --bags b --encoder e --out o",
+         ["--seed", "--max-concurrent", "--tracking-wait-s"]),
+        ("finetune", "--cells c --encoders e --out o",
+         ["--seeds", "--split-seed", "--max-concurrent"]),
+    ],
+)  # fmt: skip
+def test_negative_numbers_are_named(job: str, needed: str, flags: list[str], capsys) -> None:
+    for flag in flags:
+        assert main([job, *needed.split(), flag, "-3"]) == 2
+        said = capsys.readouterr().err
+        assert flag in said
+        assert "0 or more" in said
