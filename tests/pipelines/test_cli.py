@@ -318,7 +318,9 @@ class TestWithAnIndex:
 )  # fmt: skip
 def test_negative_numbers_are_named(job: str, needed: str, flags: list[str], capsys) -> None:
     for flag in flags:
-        assert main([job, *needed.split(), flag, "-3"]) == 2
+        with pytest.raises(SystemExit) as stopped:
+            main([job, *needed.split(), flag, "-3"])
+        assert stopped.value.code == 2
         said = capsys.readouterr().err
         assert flag in said
         assert "0 or more" in said
