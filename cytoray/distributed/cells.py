@@ -21,8 +21,8 @@ from cytoray.evaluation.baselines import load_features_model
 from cytoray.finetune import Cells
 from cytoray.finetune.data import CellData, prepare_cells
 from cytoray.io import atomic_path
-from cytoray.mil.tiles import precision_context
 from cytoray.models.lora import check_lora
+from cytoray.precision import autocast
 from cytoray.progress import Progress
 from cytoray.slides import quarantine_row, write_quarantine
 
@@ -245,7 +245,7 @@ def _embed_block(piece: Piece, settings: CellSettings) -> dict[str, Any]:
     for first in range(start, stop, BATCH_IMAGES):
         chosen = np.arange(first, min(first + BATCH_IMAGES, stop))
         batch = torch.from_numpy(images[chosen]).to(device)
-        with precision_context("auto", device):
+        with autocast("auto", device):
             parts.append(model(batch).float().cpu().numpy())
     features = np.concatenate(parts)
     if not np.isfinite(features).all():

@@ -12,7 +12,7 @@ from cytoray.config import to_plain
 from cytoray.errors import raise_problems
 from cytoray.finetune.adapters import Adapter
 from cytoray.finetune.augment import AUGMENTATIONS
-from cytoray.mil.config import PRECISIONS
+from cytoray.precision import PRECISIONS
 
 SELECTIONS = ("best", "last")
 

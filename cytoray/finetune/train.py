@@ -21,10 +21,10 @@ from cytoray.evaluation.few_shot import draw_share, draw_shots
 from cytoray.finetune.adapters import Adapter, adapt, adapter_state, load_adapter_state
 from cytoray.finetune.augment import AUGMENTATIONS
 from cytoray.finetune.config import CellTrial, TrainConfig
-from cytoray.mil.tiles import precision_context
 from cytoray.mil.trial import cpu_copy, seeded
 from cytoray.models.encoder import Encoder
 from cytoray.models.lora import set_lora_training
+from cytoray.precision import autocast
 
 OnEvaluation = Callable[[dict[str, float]], Any]
 
@@ -56,7 +56,7 @@ class CellClassifier(nn.Module):
         parts = []
         for start in range(0, len(index), batch):
             chosen = torch.from_numpy(np.ascontiguousarray(inputs[index[start : start + batch]]))
-            with precision_context(precision, device):
+            with autocast(precision, device):
                 parts.append(self(chosen.to(device)).double().softmax(1).cpu().numpy())
         return np.concatenate(parts)
 
@@ -232,7 +232,7 @@ class _Session:
         if self.model.encoder is not None:
             batch = self.augment(batch, self.rng)
         target = torch.from_numpy(self.labels[chosen]).to(self.device)
-        with precision_context(self.config.precision, self.device):
+        with autocast(self.config.precision, self.device):
             logits = self.model(batch)
         loss = F.cross_entropy(logits, target, weight=weights)
         optimiser.zero_grad(set_to_none=True)

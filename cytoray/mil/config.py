@@ -9,8 +9,8 @@ from cytoray.errors import choose, raise_problems
 from cytoray.mil.aggregators import AGGREGATORS
 from cytoray.mil.base import options_of
 from cytoray.models.lora import TARGETS
+from cytoray.precision import PRECISIONS
 
-PRECISIONS = ("auto", "fp32", "bf16")
 WATCHED = ("auc", "loss")
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from cytoray.mil.tiles import TileSource, precision_context
+from cytoray.mil.tiles import TileSource
 from cytoray.models.prefix import prefix_tokens, tokens_shape
+from cytoray.precision import autocast
 
 if TYPE_CHECKING:
     from cytoray.models.encoder import Encoder
@@ -74,7 +75,7 @@ def compute_prefix(
     out = np.empty((len(indices), *tokens_shape(encoder)), dtype)
     for start in range(0, len(indices), batch_tiles):
         pixels = tile_source(slide_id, indices[start : start + batch_tiles], rng)
-        with precision_context(precision, device):
+        with autocast(precision, device):
             tokens = prefix_tokens(encoder, torch.from_numpy(pixels).to(device), depth)
         with np.errstate(over="ignore"):
             out[start : start + batch_tiles] = tokens.float().cpu().numpy()

@@ -6,7 +6,6 @@ Shapes: k tiles, S tile side in pixels, D width of the encoder.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.models.prefix import features_from
+from cytoray.precision import autocast
 
 if TYPE_CHECKING:
     from cytoray.mil.prefix import FrozenPrefix
@@ -48,13 +48,6 @@ class ArrayTileSource:
     def __call__(self, slide_id: str, indices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """See `TileSource`."""
         return self.tiles[slide_id][indices]
-
-
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16, or nothing; `auto` is bf16 on a GPU."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def spread_indices(num_tiles: int, limit: int) -> np.ndarray:
@@ -104,7 +97,7 @@ def embed_tiles(
         chosen = indices[start : start + batch_tiles]
         tokens = prefix(slide_id, chosen) if prefix is not None else None
         pixels = tile_source(slide_id, chosen, rng) if tokens is None else None
-        with precision_context(precision, device):
+        with autocast(precision, device):
             if prefix is not None and tokens is not None:
                 batch = features_above(encoder, prefix, tokens)
             else:

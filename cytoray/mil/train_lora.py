@@ -22,7 +22,6 @@ from cytoray.mil.tiles import (
     TileSource,
     embed_tiles,
     features_above,
-    precision_context,
     spread_indices,
     turn_and_flip,
 )
@@ -39,6 +38,7 @@ from cytoray.mil.trial import (
     seeded,
 )
 from cytoray.models.lora import add_lora, lora_state_dict, set_lora_training, trainable_parameters
+from cytoray.precision import autocast
 
 
 def backbone_of(encoder: nn.Module) -> nn.Module:
@@ -169,7 +169,7 @@ class _LoraSession:
         held = self._held(picks)
         tiles = None if held is not None else self._pixels(picks, rng)
         set_lora_training(self.backbone, True)  # until the next embed: checkpoints recompute
-        with precision_context(self.config.precision, self.device):
+        with autocast(self.config.precision, self.device):
             if self.prefix is not None and held is not None:
                 features = features_above(self.encoder, self.prefix, held)
             else:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError, SlideError, raise_problems
 from cytoray.io import atomic_path
-from cytoray.mil.tiles import TileSource, precision_context, turn_and_flip
+from cytoray.mil.tiles import TileSource, turn_and_flip
 from cytoray.mil.trial import cpu_copy, seeded
 from cytoray.mil.vpu import MIXUP_ALPHA, MIXUP_WEIGHT, mix, variational_loss, vpu_loss
+from cytoray.precision import autocast
 
 KINDS = ("positive", "unlabelled")
 
@@ -207,7 +208,7 @@ class VPUTrainer:
 
     def log_phi(self, images: Tensor) -> Tensor:
         """Log-probability of the positive class: (B,) float32."""
-        with precision_context(self.config.precision, self.device):
+        with autocast(self.config.precision, self.device):
             features = self.encoder(images)
         return self.head(features.float()).log_softmax(dim=1)[:, 1]
 

@@ -55,7 +55,7 @@ class _UnitRows(torch.autograd.Function):
         unit, norm = ctx.saved_tensors
         gradient = torch.empty_like(upstream)
         for rows in _row_runs(unit):
-            along = torch.einsum("kd,kd->k", unit[rows], upstream[rows]).unsqueeze(-1)
+            along = torch.linalg.vecdot(unit[rows], upstream[rows]).unsqueeze(-1)
             part = torch.addcmul(upstream[rows], unit[rows], along, value=-1.0, out=gradient[rows])
             part.div_(norm[rows])
         return gradient

@@ -134,7 +134,8 @@ class PretrainConfig:
         batch_size: tiles per step over all workers together.
         accumulate: micro-batches that a worker's share of a step is cut into, to fit a small
             device; the gradient is that of the whole batch for every method.
-        precision: `auto` is bf16 on CUDA and fp32 elsewhere; weights are fp32 always.
+        precision: `auto` is bf16 where the device has it in hardware (`cytoray.precision`), else
+            fp32; weights are fp32 always.
         sharding: `ddp`: every worker holds the whole model; `fsdp`: a piece of it; `auto`: `fsdp`
             from a width of 1024 (ViT-L) on. A run may be resumed with another choice.
         pack_crops: run global and local crops through the blocks together; None: on CUDA, where a

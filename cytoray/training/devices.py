@@ -1,4 +1,4 @@
-"""What a device does best: precision, and how the blocks of a backbone are run."""
+"""How the blocks of a backbone are run, as suits the device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from torch.utils._triton import has_triton
 
 from cytoray.models.backbones import ViTBackbone
 from cytoray.models.conv_backbone import ConvBackbone
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` as bf16 on CUDA and fp32 elsewhere."""
-    if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision
 
 
 def can_compile(device: torch.device) -> bool:

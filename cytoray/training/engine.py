@@ -17,11 +17,12 @@ from cytoray.config import to_plain
 from cytoray.errors import InputError
 from cytoray.models.transfer import to_device
 from cytoray.perturb.views import VIEW_COLUMN
+from cytoray.precision import autocast, resolve_precision
 from cytoray.ssl.augment import render_views
 from cytoray.ssl.base import Crops, MicroBatch, StepContext
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig, normalisation
-from cytoray.training.devices import resolve_precision, set_block_passes
+from cytoray.training.devices import set_block_passes
 from cytoray.training.optim import (
     apply_schedule,
     build_optimizer,
@@ -182,7 +183,7 @@ class PretrainEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(self.precision, self.device)
 
     def _crops(self, batch: Mapping[str, Any]) -> Crops:
         crops = self.config.crops

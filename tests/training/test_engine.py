@@ -28,13 +28,13 @@ from cytoray.training import (
     load_checkpoint,
     save_checkpoint,
 )
-from cytoray.training.devices import resolve_precision
 
 KWARGS: dict = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
 
 def _config(**changes) -> PretrainConfig:
     values = {
+        "precision": "fp32",  # the same on any machine
         "backbone": BackboneConfig(kwargs=KWARGS, drop_path=0.25),
         "crops": CropConfig(global_px=64, local_px=32, num_local=2),
         "head": HeadConfig(out_dim=48, hidden_dim=32, bottleneck_dim=16),
@@ -247,8 +247,6 @@ def test_bf16_and_recomputed_blocks():
     low = _run(PretrainEngine(_config(precision="bf16"), "cpu"), range(2))
     assert low[1]["loss"] == pytest.approx(exact[1]["loss"], rel=0.05)
     assert low[1]["loss"] != exact[1]["loss"]
-    assert resolve_precision("auto", torch.device("cpu")) == "fp32"
-    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
 
 
 class _Waits(TorchDispatchMode):

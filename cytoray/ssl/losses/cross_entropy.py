@@ -66,9 +66,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 work = gradient[rows]
             else:
                 work = torch.empty_like(logits[rows], dtype=torch.float32)
-            scaled = work.copy_(logits[rows]).div_(temp)
+            if logits.dtype == torch.float32:
+                scaled = torch.div(logits[rows], temp, out=work)
+            else:  # a division into fp32 would still be rounded as the logits are
+                scaled = work.copy_(logits[rows]).div_(temp)
             aimed, weight = targets[rows], weights[rows].view(-1, 1)
-            hit = _dot(scaled, aimed)
+            hit = torch.linalg.vecdot(scaled, aimed)
             largest = scaled.amax(-1, keepdim=True)
             exponential = scaled.sub_(largest).exp_()
             partition = exponential.sum(-1, keepdim=True)
@@ -89,13 +92,6 @@ class _SoftCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # In place: going backward a second time is an error of autograd's own, not a wrong result.
         return gradient.mul_(upstream), *[None] * 5
-
-
-def _dot(scaled: Tensor, aimed: Tensor) -> Tensor:
-    """sum_k of the products, (n, v), without a tensor of the size of `scaled`."""
-    if aimed.shape[1] == 1:
-        return torch.einsum("nvk,nk->nv", scaled, aimed.squeeze(1))
-    return torch.einsum("nvk,nvk->nv", scaled, aimed)
 
 
 def row_blocks(x: Tensor) -> list[slice]:
