@@ -43,13 +43,13 @@ def tiny_ssl(**changes: Any) -> PretrainConfig:
     from cytoray.training import BackboneConfig, CropConfig, HeadConfig, OptimConfig, PretrainConfig
 
     values = {
+        "precision": "fp32",
         "backbone": BackboneConfig(name="vit_tiny_patch16_224", kwargs=TINY_VIT),
         "crops": CropConfig(global_px=32, local_px=16, num_local=2),
         "head": HeadConfig(out_dim=64, hidden_dim=64, bottleneck_dim=32),
         "optim": OptimConfig(warmup_steps=2, freeze_last_layer_steps=2),
         "batch_size": 8,
         "total_steps": 12,
-        "precision": "fp32",
     }
     return PretrainConfig(**(values | changes))
 

@@ -33,7 +33,7 @@ class TrainConfig:
         select: `best`: the state with the best validation accuracy; `last`: that of the last step.
         evaluations: how often the validation part is looked at.
         eval_batch: images a forward without gradient.
-        precision: `auto` (bf16 on a GPU), `fp32` or `bf16`.
+        precision: `auto` (bf16 where the device has it in hardware), `fp32` or `bf16`.
 
     Raises:
         InputError: values that cannot be; all problems.

@@ -27,7 +27,14 @@ from cytoray.finetune.data import prepare_cells
 from cytoray.finetune.train import batch_stream, class_weights, learning_rate
 from cytoray.models import load_encoder
 
-FAST = TrainConfig(steps_per_shot=4, epochs=3, warmup_steps=2, evaluations=2, augmentation="turns")
+FAST = TrainConfig(
+    steps_per_shot=4,
+    epochs=3,
+    warmup_steps=2,
+    evaluations=2,
+    augmentation="turns",
+    precision="fp32",
+)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +206,7 @@ def test_a_saved_adapter_answers_as_the_trained_one(
     )
     folder = save_adapter(tmp_path / "adapter", made, facts)
     loaded = load_classifier(folder)
-    answers = loaded.probabilities(data.images(32), split.test)
+    answers = loaded.probabilities(data.images(32), split.test, precision="fp32")
     np.testing.assert_allclose(answers, made.probabilities, atol=1e-5)
     exported = load_encoder(export_encoder(tmp_path / "encoder", loaded))
     pixels = torch.from_numpy(data.images(32)[split.test])

@@ -11,7 +11,7 @@ def test_embedding_in_batches_equals_one_forward():
     encoder, indices = TinyEncoder().eval(), np.arange(5)
     with torch.no_grad():
         whole = encoder(torch.from_numpy(source.tiles[ids[0]][:5]))
-    parts = embed_tiles(encoder, source, ids[0], indices, batch_tiles=2)
+    parts = embed_tiles(encoder, source, ids[0], indices, batch_tiles=2, precision="fp32")
     assert torch.allclose(whole, parts, atol=1e-5)
 
 

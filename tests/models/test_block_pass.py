@@ -135,3 +135,19 @@ def test_blocks_share_one_code_for_each_crop_size(monkeypatch, dropping, times):
         drop = DropRows([(rows, rows[1:])] * 4, 1.5) if dropping else None
         backbone.encode([CropGroup(x, drop=drop) for x in images])
     assert counter.frame_count == times
+
+
+def test_attention_in_its_parts_is_the_fused_one_to_the_precision_of_bf16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(3, 2, 17, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    low = [x.detach().bfloat16().requires_grad_() for x in exact]
+    want = torch.nn.functional.scaled_dot_product_attention(*exact)
+    got = block_pass._weighted_values(*low, 0.0)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0.03)
+    want.square().sum().backward()
+    got.float().square().sum().backward()
+    for a, b in zip(low, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad.float(), b.grad, atol=0.05, rtol=0.05)

@@ -33,6 +33,7 @@ CASES = {
 def _config(case, **changes):
     method, two_views = CASES[case]
     values = {
+        "precision": "fp32",
         "method": method,
         "two_views": two_views,
         "backbone": BackboneConfig(kwargs=dict(TINY)),

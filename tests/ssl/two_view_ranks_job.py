@@ -33,6 +33,7 @@ def configs() -> dict[str, PretrainConfig]:
     made = {
         name: PretrainConfig(
             method=name.split()[0],
+            precision="fp32",
             two_views=two_views,
             backbone=BackboneConfig(
                 kwargs=dict(TINY),

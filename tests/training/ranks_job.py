@@ -25,6 +25,7 @@ CUTS = {1: [0, 8], 2: [0, 3, 8]}  # shares of the tiles that are not equal
 
 def config(**changes) -> PretrainConfig:
     values = {
+        "precision": "fp32",
         "backbone": BackboneConfig(kwargs={"depth": 2, "embed_dim": 32, "num_heads": 2}),
         "crops": CropConfig(global_px=64, local_px=32, num_local=2),
         "head": HeadConfig(out_dim=48, hidden_dim=32, bottleneck_dim=16),

@@ -28,6 +28,7 @@ QUEUE = dataclasses.replace(TWO_VIEWS, queue_size=20)
 
 def _config(method: str, **changes) -> PretrainConfig:
     values = {
+        "precision": "fp32",
         "method": method,
         "two_views": TWO_VIEWS,
         "backbone": BackboneConfig(kwargs=dict(TINY), drop_path=0.3),

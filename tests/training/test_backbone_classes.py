@@ -51,6 +51,7 @@ BACKBONES = {
 def _config(method, backbone, **changes):
     alike = method in TWO_VIEWS
     values = {
+        "precision": "fp32",
         "method": method,
         "backbone": backbone,
         "crops": CropConfig(global_px=64, local_px=32, num_local=0 if alike else 2),

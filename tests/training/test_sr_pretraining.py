@@ -28,6 +28,7 @@ SR = SRConfig(sparse=True, irpe=True, top_h=3)
 
 def _config(method="dinov2", sr=SR, **changes):
     values = {
+        "precision": "fp32",
         "method": method,
         "backbone": BackboneConfig(kwargs=dict(TINY), sr=sr),
         "crops": CropConfig(global_px=64, local_px=32, num_local=2),
