@@ -1,17 +1,20 @@
 """A DINOv2 training step: ours against the same recipe made of lightly's parts, and of the peak.
 
     python -m benchmarks.pretrain_step [--backbones vit_tiny_patch16_224 ...] [--batch 8]
-        [--out-dim 65536] [--depth N] [--rounds 5] [--device cpu|cuda] [--no-lightly] [--profile]
+        [--precisions auto ...] [--out-dim 65536] [--depth N] [--rounds 5] [--device cpu|cuda]
+        [--no-lightly] [--profile]
 
 Both take the same rendered crops (2 x 224 and 8 x 96 px), block masks for half of the global ones,
 the losses DINO + iBOT + 0.1 KoLeo with centring (lightly has no Sinkhorn), AdamW, an EMA teacher;
-no drop path. Steps are taken in turn, ours with SR-attention among them. lightly is a development
-dependency: without it ours is measured alone. On CUDA the backbones are ViT-S, B and L, lightly
-stands beside the first, both run in bf16 (ours with compiled blocks and packed crops), and the
-profile is shown. The last line is JSON: of the first backbone vs_lightly, the median ratio of
-seconds (above 1, ours is faster), tiles_per_s and mfu, the share of the device's dense bf16 peak
-that the recipe's operations make up (null where the peak is not known); sr_vs_plain, the median
-ratio of a step with SR-attention to one without; device; and the same of every backbone.
+no drop path. Steps are taken in turn, ours with SR-attention among them, all in the same precision:
+the default of a pretraining (bf16 where the device has it in hardware), then fp32. lightly is a
+development dependency: without it ours is measured alone. On CUDA the backbones are ViT-S, B and L
+in bf16 (ours with compiled blocks and packed crops), lightly stands beside the first, and the
+profile is shown. The last line is JSON: of the first backbone in the first precision vs_lightly,
+the median ratio of seconds (above 1, ours is faster), tiles_per_s and mfu, the share of the
+device's dense bf16 peak that the recipe's operations make up (null where the peak is not known);
+sr_vs_plain, the median ratio of a step with SR-attention to one without; device; and the same of
+every backbone and precision.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from cytoray.precision import PRECISIONS, autocast, resolve_precision
 from cytoray.training import (
     BackboneConfig,
     HeadConfig,
@@ -119,7 +123,7 @@ def lightly_step(config: PretrainConfig, device: torch.device) -> Step:
         mask = big.new_zeros((len(big), 1 + side * side), dtype=torch.bool)
         blocks = random_block_mask(size=(len(big), side, side), device=device)
         mask[:, 1:] = blocks.flatten(1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(config.precision, device):
             with torch.no_grad():
                 teacher_cls, tokens = teacher(big, None)
                 targets = teacher.head(teacher_cls)
@@ -175,7 +179,9 @@ def show_profile(step: Step, device: torch.device) -> None:
     print(profile.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
 
 
-def settings(backbone: str, options: argparse.Namespace, device: torch.device) -> PretrainConfig:
+def settings(
+    backbone: str, options: argparse.Namespace, device: torch.device, precision: str = "auto"
+) -> PretrainConfig:
     """The recipe on one backbone."""
     batch = options.batch or (BATCH_CUDA.get(backbone, 32) if device.type == "cuda" else 8)
     return PretrainConfig(
@@ -187,16 +193,20 @@ def settings(backbone: str, options: argparse.Namespace, device: torch.device) -
         head=HeadConfig(out_dim=options.out_dim),
         loss=LossConfig(centering="centering"),
         optim=OptimConfig(warmup_steps=1, freeze_last_layer_steps=0),
+        precision=precision,
         batch_size=batch,
         total_steps=1000,
     )
 
 
 def measure_backbone(
-    backbone: str, options: argparse.Namespace, device: torch.device, *, beside_lightly: bool
+    config: PretrainConfig,
+    options: argparse.Namespace,
+    device: torch.device,
+    *,
+    beside_lightly: bool,
 ) -> dict[str, float | None]:
-    """Speed of one backbone, and a table on the way."""
-    config = settings(backbone, options, device)
+    """Speed of one backbone in one precision, and a table on the way."""
     with_sr = replace(config.backbone, sr=SRConfig(sparse=True, irpe=True))
     ours = our_step(config, device)
     steps = {"ours": ours, "with SR": our_step(replace(config, backbone=with_sr), device)}
@@ -205,7 +215,8 @@ def measure_backbone(
     warm_up = 3 if device.type == "cuda" else 1
     seconds = measure(steps, options.rounds, warm_up, device)
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
-    print(f"{backbone}, {config.batch_size} tiles, {threads}{device}")
+    precision = resolve_precision(config.precision, device)
+    print(f"{config.backbone.name}, {config.batch_size} tiles, {precision}, {threads}{device}")
     for name, values in seconds.items():
         print(f"{name:16s} {1e3 * np.median(values):9.1f} ms a step")
     if options.profile or device.type == "cuda":
@@ -227,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A DINOv2 step, side by side.")
     parser.add_argument("--backbones", nargs="+", help="timm names; default: as the device")
     parser.add_argument("--batch", type=int, help="tiles a step; default: 8 on a CPU")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, help="default: see above")
     parser.add_argument("--out-dim", type=int, default=65536)
     parser.add_argument("--depth", type=int, help="fewer blocks, to try the benchmark itself")
     parser.add_argument("--rounds", type=int, default=5)
@@ -236,12 +248,18 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     names = options.backbones or (list(BATCH_CUDA) if device.type == "cuda" else [TINY])
-    found = {}
+    wanted = options.precisions or (["auto"] if device.type == "cuda" else ["auto", "fp32"])
+    precisions = list(dict.fromkeys(resolve_precision(name, device) for name in wanted))
+    found: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names):
         beside = HAS_LIGHTLY and not options.no_lightly and number == 0
-        found[name] = measure_backbone(name, options, device, beside_lightly=beside)
+        for precision in precisions:
+            config = settings(name, options, device, precision)
+            speeds = measure_backbone(config, options, device, beside_lightly=beside)
+            found.setdefault(name, {})[precision] = speeds
     shown = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(json.dumps({**found[names[0]], "device": shown, "backbones": found}))
+    first = found[names[0]][precisions[0]]
+    print(json.dumps({**first, "precision": precisions[0], "device": shown, "backbones": found}))
 
 
 if __name__ == "__main__":

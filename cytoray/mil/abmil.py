@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.layers import Dropout, Linear, linear
+from cytoray.mil.dropout import Dropout
 from cytoray.mil.packing import segment_softmax, weighted_sums
+from cytoray.models.linear import Linear, linear
 
 
 class AttentionScorer(nn.Module):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from cytoray.errors import choose
 from cytoray.mil.abmil import AttentionScorer, attention_pool
 from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
-from cytoray.mil.layers import Dropout, Linear
+from cytoray.mil.dropout import Dropout
+from cytoray.models.linear import Linear
 
 
 def smooth_top1_svm(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
-from cytoray.mil.layers import Dropout, Linear
+from cytoray.mil.dropout import Dropout
 from cytoray.mil.packing import segment_argmax, segment_softmax, split_bags, weighted_sums
+from cytoray.models.linear import Linear
 
 
 class DSMIL(Aggregator):

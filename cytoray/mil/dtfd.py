@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cytoray.errors import choose
 from cytoray.mil.abmil import AttentionScorer
 from cytoray.mil.base import Aggregator, ClassWeight, MILOutput, task_cross_entropy
-from cytoray.mil.layers import Linear
 from cytoray.mil.packing import segment_argmax, segment_softmax, segment_sum, weighted_sums
+from cytoray.models.linear import Linear
 
 DISTILLATIONS = ("afs", "max", "maxmin")
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError
 from cytoray.mil.base import Aggregator, MILOutput
+from cytoray.mil.dropout import Dropout
 from cytoray.mil.folding import fold_query, unfold_values
-from cytoray.mil.layers import Dropout, Linear
 from cytoray.mil.packing import PackedBags, TokenRows, prepend_tokens
+from cytoray.models.linear import Linear
 
 
 class SelfBlock(nn.Module):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cytoray.mil.layers import Dropout, Linear
+from cytoray.mil.dropout import Dropout
+from cytoray.models.linear import Linear
 
 
 class IterativePinv:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError
 from cytoray.mil.base import Aggregator, MILOutput
-from cytoray.mil.layers import Linear
 from cytoray.mil.nystrom import NystromAttention
 from cytoray.mil.packing import split_bags
+from cytoray.models.linear import Linear
 
 
 class PPEG(nn.Module):

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from cytoray.errors import InputError
 from cytoray.mil.base import Aggregator, MILOutput
 from cytoray.mil.folding import fold_query, unfold_values
-from cytoray.mil.layers import Linear
 from cytoray.mil.packing import TokenRows, prepend_tokens, segment_sum
 from cytoray.mil.transmil import PPEG
+from cytoray.models.linear import Linear
 
 RELEASED_DIM, RELEASED_HEADS = 768, 12
 

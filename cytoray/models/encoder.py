@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
+from cytoray.models.linear import use_cpu_products
 from cytoray.models.sr_transformer import SRConfig, use_sr
 
 WEIGHTS_FILE = "model.safetensors"
@@ -127,6 +128,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: nn.Module, spec: EncoderSpec) -> None:
         super().__init__()
+        use_cpu_products(model)
         self.model = model
         self.spec = spec
         self.embed_dim = spec.embed_dim * (2 if spec.pooling == "cls+mean" else 1)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cytoray.models.linear import linear
+
 _CACHED_BYTES = 1 << 20
 
 
@@ -140,7 +142,7 @@ class DINOHead(nn.Module):
         weight = self.last_layer.unit_rows()
         if torch.is_autocast_enabled(weight.device.type):
             weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-        logits = F.linear(self._bottleneck(torch.cat(list(parts))), weight)
+        logits = linear(self._bottleneck(torch.cat(list(parts))), weight)
         return list(_Split.apply(logits, [len(part) for part in parts]))  # type: ignore[arg-type]
 
     def _bottleneck(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils._triton import has_triton
 
 from cytoray.models.backbones import ViTBackbone
 from cytoray.models.conv_backbone import ConvBackbone
+from cytoray.models.linear import use_cpu_products
 
 
 def can_compile(device: torch.device) -> bool:
@@ -25,6 +26,8 @@ def set_block_passes(
     """Say how the backbones of a method run their blocks; None: as suits the device."""
     pack = device.type == "cuda" if pack_crops is None else pack_crops
     compiled = can_compile(device) if compiled is None else compiled
+    if device.type == "cpu":
+        use_cpu_products(method)
     for backbone in method.modules():
         if isinstance(backbone, ViTBackbone | ConvBackbone):
             backbone.pack = pack

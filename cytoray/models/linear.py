@@ -1,9 +1,6 @@
-"""Linear layers and dropout over many instances, at the speed a CPU has for them.
+"""Matrix products at the speed a CPU has for them.
 
-Both are `torch.nn`'s layers, with the same parameters and the same answer; they differ in how a CPU
-is asked for it. Elsewhere, and on few instances, they are `torch.nn`'s own.
-
-Shapes: T instances, D width of the input, H width of the output.
+Shapes: T rows (instances, tokens), D width of the input, H width of the output.
 """
 
 from __future__ import annotations
@@ -51,6 +48,8 @@ def _suits_onednn(x_td: Tensor, weight_hd: Tensor) -> bool:
 class Linear(nn.Linear):
     """`nn.Linear` by `linear`; with `relu`, the ReLU that follows it as well."""
 
+    relu = False
+
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, relu: bool = False
     ) -> None:
@@ -58,25 +57,14 @@ class Linear(nn.Linear):
         self.relu = relu
 
     def forward(self, input: Tensor) -> Tensor:
-        """(T, D) to (T, H)."""
-        return linear(input, self.weight, self.bias, relu=self.relu)
+        """(..., D) to (..., H)."""
+        rows = input if input.ndim == 2 else input.flatten(0, -2)
+        out = linear(rows, self.weight, self.bias, relu=self.relu)
+        return out if input.ndim == 2 else out.unflatten(0, input.shape[:-1])
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout` that draws 16 random bits an element on a CPU, four elements at once.
-
-    torch draws a number for each element, one after another: for a layer over many instances that
-    takes longer than its product. The share left out is `p` to 1 / 65,536, and what stays is
-    scaled by the very share that stays.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Any shape to the same."""
-        left_out = round(self.p * 65_536)
-        if not self.training or input.device.type != "cpu" or not 0 < left_out < 65_536:
-            return super().forward(input)
-        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: input.numel()].view(input.shape)
-        mask = torch.empty(input.shape, dtype=input.dtype)
-        torch.ge(bits, left_out - 32_768, out=mask)
-        return input * mask.mul_(65_536 / (65_536 - left_out))
+def use_cpu_products(model: nn.Module) -> None:
+    """Let the linear layers of any model be `Linear`; parameters and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
