@@ -55,7 +55,7 @@ def test_a_tower_gives_the_embedding_open_clip_gives(small, name: str, tmp_path)
     plain = timm.create_model(encoder.spec.architecture, **encoder.spec.kwargs).eval()
     plain.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():
-        assert torch.equal(plain(images), encoder(pixels()))
+        assert torch.allclose(plain(images), encoder(pixels()), atol=1e-5, rtol=0)
 
 
 def test_lora_on_a_tower_merges_back(small) -> None:
