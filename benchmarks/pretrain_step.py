@@ -180,7 +180,7 @@ def show_profile(step: Step, device: torch.device) -> None:
 
 
 def settings(
-    backbone: str, options: argparse.Namespace, device: torch.device, precision: str = "auto"
+    backbone: str, options: argparse.Namespace, device: torch.device, precision: Any = "auto"
 ) -> PretrainConfig:
     """The recipe on one backbone."""
     batch = options.batch or (BATCH_CUDA.get(backbone, 32) if device.type == "cuda" else 8)
