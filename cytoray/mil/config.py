@@ -51,8 +51,9 @@ class MILConfig:
         warm_start_epochs: epochs on frozen features before LoRA starts (0: none).
         augment: flip and rotate LoRA training tiles.
         gradient_checkpointing: trade time for memory in the encoder.
-        precision: of the encoder in a LoRA trial, where auto is bf16 on a GPU, else fp32; and of
-            the aggregator's training steps, where auto is fp32. Weights, softmax and loss are fp32.
+        precision: of the encoder in a LoRA trial, where auto is bf16 if the device has it in
+            hardware, else fp32; and of the aggregator's training steps, where auto is fp32.
+            Weights, softmax and loss are fp32.
     """
 
     aggregator: str = "abmil"

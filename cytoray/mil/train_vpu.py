@@ -43,7 +43,8 @@ class VPUConfig:
         mixup_alpha: of the Beta distribution of the mixtures.
         mixup_weight: of the term on the mixtures.
         augment: turn and flip training tiles.
-        precision: of the encoder: `auto` (bf16 on a GPU), `fp32` or `bf16`.
+        precision: of the encoder: `auto` (bf16 where the device has it in hardware),
+            `fp32` or `bf16`.
         seed: of the draws and the head.
     """
 

@@ -29,7 +29,7 @@ from cytoray.training.optim import (
     clip_per_module,
     parameter_groups,
 )
-from cytoray.training.schedules import step_values
+from cytoray.training.schedules import patch_teacher_temp, step_values
 from cytoray.training.sharding import (
     cut_model_state,
     cut_optimizer_state,
@@ -116,7 +116,7 @@ class PretrainEngine:
 
         Returns:
             0-d tensors: losses, gradient norms, collapse indicators, `lr`, `weight_decay`, `ema`,
-            `teacher_temp`; equal on all ranks.
+            `teacher_temp`, and `teacher_patch_temp` where patches have one; equal on all ranks.
 
         Raises:
             InputError: the batch does not have the configured views.
@@ -134,6 +134,8 @@ class PretrainEngine:
             "ema": values.ema,
             "teacher_temp": values.teacher_temp,
         }
+        if self.config.loss.teacher_patch_temp is not None:
+            scheduled["teacher_patch_temp"] = patch_teacher_temp(self.config, step)
         return (
             metrics
             | norms

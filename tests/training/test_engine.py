@@ -195,7 +195,9 @@ def test_whole_method_against_loops():
     loss = LossConfig(teacher_patch_temp=0.08, teacher_temp_warmup_steps=8)
     config = _config(method="ibot", backbone=BackboneConfig(kwargs=KWARGS), loss=loss)
     engine = PretrainEngine(config, "cpu")
-    _run(engine, range(2))  # so that teacher and student differ
+    metrics = _run(engine, range(2))  # so that teacher and student differ
+    assert metrics[1]["teacher_temp"] == pytest.approx(0.04 + 0.03 / 8)
+    assert metrics[1]["teacher_patch_temp"] == pytest.approx(0.045)
     for targets in (engine.method.cls_targets, engine.method.patch_targets):
         targets.centre.zero_()
     generator = torch.Generator().manual_seed(0)
