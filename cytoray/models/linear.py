@@ -58,9 +58,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) to (..., H)."""
-        rows = input if input.ndim == 2 else input.flatten(0, -2)
+        rows = input.flatten(0, -2) if input.ndim > 2 else input
         out = linear(rows, self.weight, self.bias, relu=self.relu)
-        return out if input.ndim == 2 else out.unflatten(0, input.shape[:-1])
+        return out.unflatten(0, input.shape[:-1]) if input.ndim > 2 else out
 
 
 def use_cpu_products(model: nn.Module) -> None:

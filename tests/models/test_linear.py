@@ -90,3 +90,4 @@ def test_a_model_keeps_its_names_and_answers() -> None:
     assert got.shape == want.shape
     assert torch.allclose(got, want, atol=1e-5)
     assert list(plain.state_dict()) == names
+    assert torch.allclose(plain(x[0, 0]), want[0, 0], atol=1e-5)
