@@ -209,7 +209,7 @@ def scaling(folder: Path, source: Path) -> float:
             head=HeadConfig(out_dim=4096),
             optim=OptimConfig(warmup_steps=5, freeze_last_layer_steps=5),
             batch_size=8 * workers,
-            total_steps=12,
+            total_steps=48,  # readers first fill what is read ahead, on the same cores
         )
         steps = small_run(folder, source, ssl, workers=workers, cpus_per_worker=0.5)
         speeds.append(statistics.median(step["tiles_per_s"] for step in steps))
