@@ -4,7 +4,8 @@
     python -m benchmarks.tune --kill-drill [--seed 0]
 
 Three aggregators x four learning rates x two weight decays on the same features, held in memory:
-bags of 100 to 1,000 instances x 384. `grid` is what `cytoray tune` does for them on a running Ray:
+bags of 100 to 1,000 instances x 384. `grid` is what `cytoray tune` does for them on a running Ray
+(`ray_start_s` is what it takes to start it and to make MLflow's database, one beside the other):
 features into the object store, actors, trials, heads and results on disk, MLflow runs. `serial` is
 plain Python, `train_frozen` for one trial after another: `vs_serial` with one thread, which is what
 a trial of the grid has, and `vs_serial_all_threads` with as many threads as the grid has cores. The
@@ -41,14 +42,14 @@ import torch
 
 from benchmarks.made_study import make_study
 from cytoray.distributed.cluster import Shared, connect
-from cytoray.distributed.search import run_search
+from cytoray.distributed.search import TRIAL_MODULE, run_search
 from cytoray.distributed.trials import SearchSettings, TrialSpec, read_result
 from cytoray.mil import MILConfig, train_frozen
 from cytoray.mil.cohort import Cohort, FeatureSet
 from cytoray.mil.folds import Fold, make_folds
 from cytoray.mil.space import candidates_of, configs_of, grid
 from cytoray.progress import Progress
-from cytoray.tracking import ChildRun, ChildRuns, Tracker
+from cytoray.tracking import ChildRun, ChildRuns, Tracker, open_tracker
 
 WIDTH, SMALLEST, LARGEST = 384, 100, 1_000
 AXES = {
@@ -91,7 +92,12 @@ def serial(configs: list[MILConfig], cohort: Cohort, bags: FeatureSet, fold: Fol
 
 
 def on_cluster(
-    configs: list[MILConfig], cohort: Cohort, bags: FeatureSet, fold: Fold, folder: Path
+    configs: list[MILConfig],
+    cohort: Cohort,
+    bags: FeatureSet,
+    fold: Fold,
+    folder: Path,
+    tracker: Tracker,
 ) -> tuple[float, float]:
     """Seconds of the search as a whole, and the sum over its trials."""
     began = time.perf_counter()
@@ -101,7 +107,6 @@ def on_cluster(
         features=(Shared(bags),),
         encoders=("",),
     )
-    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "benchmark")
     parent = tracker.start_run("tune")
     specs = [
         TrialSpec(key=c.key, candidate=c.key, config=c.config, encoder=0, fold="",
@@ -138,12 +143,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     data = make_cohort(arguments.slides)
     gain = thread_gain(configs, arguments.cpus, *data)
     began = time.perf_counter()
-    connect(None, num_cpus=arguments.cpus)
+    store = Path(tempfile.mkdtemp(prefix="cytoray-tune-"))
+    opened = open_tracker(f"sqlite:///{store}/mlflow.db", "benchmark")
+    connect(None, num_cpus=arguments.cpus, preload=TRIAL_MODULE)
+    tracker = opened()
     start_s = time.perf_counter() - began
     rounds = []
     for _ in range(arguments.rounds):
         folder = Path(tempfile.mkdtemp(prefix="cytoray-tune-"))
-        grid_s, inside_s = on_cluster(configs, *data, folder)
+        grid_s, inside_s = on_cluster(configs, *data, folder, tracker)
         torch.set_num_threads(1)
         serial_s = serial(configs, *data)
         shutil.rmtree(folder)
@@ -157,6 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
             flush=True,
         )
     ray.shutdown()
+    shutil.rmtree(store)
     names = ("vs_serial", "vs_serial_all_threads", "trial_overhead_s", "serial_s", "grid_s",
              "trial_s")  # fmt: skip
     medians = {

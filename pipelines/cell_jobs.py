@@ -13,7 +13,7 @@ from cytoray.evaluation import Split
 from cytoray.finetune import Cells, split_cells
 from cytoray.finetune.data import split_counts
 from cytoray.runs import RunFolder
-from cytoray.tracking import Tracker
+from cytoray.tracking import Tracker, open_tracker
 
 
 def split_of(config: Any, cells: Cells) -> Split:
@@ -61,13 +61,14 @@ def begin(
     Raises:
         InputError: a task does not fit, or the folder is another run's.
     """
+    opened = open_tracker(config.tracking_uri or None, config.experiment)
     connect(config.address)
     gpus = gpus_of_task(gpus)
     check_fits(
         [Need(what=unit, count=1, cpus=cpus, gpus=gpus)],
         hint=f"ask for less --cpus-per-{unit} or --gpus-per-{unit}",
     )
-    tracker = Tracker(config.tracking_uri or None, config.experiment)  # before anything is written
+    tracker = opened()  # before anything is written
     folder = RunFolder.open(config.out, job, to_plain(config), config.resume, may_change)
     run_id = tracker.start_run(
         f"{job} {what}", params=to_plain(config), tags={"cytoray.job": job}, key=folder.run_id

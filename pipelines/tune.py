@@ -13,7 +13,7 @@ from cytoray.config import to_plain
 from cytoray.distributed.chosen import Answers, answer_held_out, assess_answers
 from cytoray.distributed.cluster import Need, check_fits, connect
 from cytoray.distributed.prefixes import share_prefixes
-from cytoray.distributed.search import Halving, run_one, run_search
+from cytoray.distributed.search import TRIAL_MODULE, Halving, run_one, run_search
 from cytoray.distributed.trials import SearchSettings, TrialSpec, unfinished
 from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation.held_out import mean_auc
@@ -24,7 +24,7 @@ from cytoray.mil.space import Candidate
 from cytoray.progress import Progress, summary_table
 from cytoray.report import write_report
 from cytoray.runs import MAY_CHANGE, RunFolder
-from cytoray.tracking import ChildRuns, Tracker, patiently
+from cytoray.tracking import ChildRuns, Tracker, open_tracker, patiently
 from cytoray.tracking.head_model import head_facts
 from pipelines.embed import index_plan
 from pipelines.tune_report import report_sections, write_results
@@ -192,14 +192,15 @@ def run(config: Config) -> dict[str, Any]:
     search = prepare(config)
     if config.dry_run:
         return plan_search(config, search)
-    connect(config.address)
+    opened = open_tracker(config.tracking_uri or None, config.experiment)
+    connect(config.address, preload=TRIAL_MODULE)
     check_fits(
         [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)],
         hint="ask for less --cpus-per-trial or --gpus-per-trial",
     )
     may_change = MAY_CHANGE | {"cpus_per_trial", "gpus_per_trial", "max_concurrent", "experiment",
                                "tracking_wait_s", "prefix_gb"}  # fmt: skip
-    tracker = Tracker(config.tracking_uri or None, config.experiment)  # before anything is written
+    tracker = opened()  # before anything is written
     folder = RunFolder.open(config.out, "tune", to_plain(config), config.resume, may_change)
     keep_space(folder, search.candidates)
     run_id = tracker.start_run(

@@ -32,7 +32,7 @@ _NO_CLUSTER = "start one with `ray start --head`, or leave --address out to run 
 _ANSWER_WITHIN_S = 5.0
 
 
-def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
+def connect(address: str | None = None, *, num_cpus: int | None = None, preload: str = "") -> None:
     """Join the cluster at `address`, or start one on this machine; do nothing when connected.
 
     Args:
@@ -40,6 +40,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
             joins the one a Ray job runs in, through `RAY_ADDRESS`).
         num_cpus: logical CPUs of a cluster started here; default: the environment variable
             `CYTORAY_NUM_CPUS`, else the cores this process may use.
+        preload: a module that the processes of a cluster started here import at once, while the
+            caller goes on, and not when the first work reaches them.
 
     Raises:
         InputError: no cluster answers at `address`.
@@ -64,6 +66,8 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     else:
         for name, value in _UNSEEN.items():
             os.environ.setdefault(name, value)
+        if preload:
+            os.environ.setdefault("RAY_preload_python_modules", preload)
         cpus = num_cpus or int(os.environ.get("CYTORAY_NUM_CPUS", "0")) or _usable_cores()
         ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
 

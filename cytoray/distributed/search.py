@@ -25,6 +25,8 @@ from cytoray.distributed.tuner import EPOCH, METRIC, tune_trials
 from cytoray.mil.selection import best_result
 from cytoray.progress import Progress
 
+TRIAL_MODULE = "cytoray.distributed.tuner"  # what a process needs that runs trials
+
 
 @dataclass(frozen=True, kw_only=True)
 class Halving:

@@ -17,10 +17,15 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.tune.execution.class_cache import DEFAULT_ENV_VARS
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from cytoray.distributed.trials import SearchSettings, TrialSpec, run_trial
 from cytoray.errors import InputError, SlideError
+
+# A flag for PyTorch Lightning. Ray gives an actor one of its waiting processes only where the actor
+# asks for no environment of its own; else it starts another, which imports everything again.
+DEFAULT_ENV_VARS.pop("PL_DISABLE_FORK", None)
 
 METRIC, EPOCH, FAILURE = "val_auc", "epoch", "failure"
 _RETRIES = 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cytoray.errors import raise_problems
+from cytoray.mil.adamw import AdamW
 from cytoray.mil.base import Aggregator
 from cytoray.mil.config import MILConfig
 from cytoray.mil.packing import PackedBags, pack, split_bags
@@ -101,12 +103,7 @@ def train_frozen(
     in_dim = check_features([*train_bags, *val_bags])
     with seeded(config.seed, device):
         aggregator = aggregator_of(config, in_dim, num_classes).to(device)
-        optimiser = torch.optim.AdamW(
-            aggregator.parameters(),
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            betas=config.adam_betas,
-        )
+        optimiser = AdamW([parameter_group(aggregator, config)])
         scales = aggregator.num_scales
 
         def batches(epoch: int) -> Iterator[Batch]:
@@ -132,6 +129,16 @@ def train_frozen(
             snapshot=lambda: {"state_dict": cpu_copy(aggregator.state_dict())},
         )
         return trial.run(MILResult(config, in_dim, num_classes), on_epoch)
+
+
+def parameter_group(aggregator: Aggregator, config: MILConfig) -> dict[str, Any]:
+    """The aggregator's parameters as `AdamW` takes them."""
+    return {
+        "params": list(aggregator.parameters()),
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "betas": config.adam_betas,
+    }
 
 
 def check_features(bags: Sequence[LabelledBag]) -> int:

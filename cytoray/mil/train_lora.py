@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
+from cytoray.mil.adamw import AdamW
 from cytoray.mil.base import Aggregator
 from cytoray.mil.config import MILConfig
 from cytoray.mil.packing import PackedBags, pack
@@ -25,7 +26,7 @@ from cytoray.mil.tiles import (
     spread_indices,
     turn_and_flip,
 )
-from cytoray.mil.train import LabelledBag, epoch_order, predict, train_frozen
+from cytoray.mil.train import LabelledBag, epoch_order, parameter_group, predict, train_frozen
 from cytoray.mil.trial import (
     Batch,
     Classes,
@@ -259,19 +260,12 @@ class _LoraSession:
         result = MILResult(config, in_dim, num_classes)
         return trial.run(result, on_epoch, start=config.warm_start_epochs > 0)
 
-    def _optimiser(self, aggregator: Aggregator) -> torch.optim.AdamW:
+    def _optimiser(self, aggregator: Aggregator) -> AdamW:
         config = self.config
-        groups = [
-            {
-                "params": list(aggregator.parameters()),
-                "lr": config.lr,
-                "weight_decay": config.weight_decay,
-                "betas": config.adam_betas,
-            }
-        ]
+        groups = [parameter_group(aggregator, config)]
         lora = list(trainable_parameters(self.backbone).values())
         if lora:
             groups.append(
                 {"params": lora, "lr": config.lora_lr, "weight_decay": config.lora_weight_decay}
             )
-        return torch.optim.AdamW(groups)
+        return AdamW(groups)

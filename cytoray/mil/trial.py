@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
 from cytoray.evaluation.metrics import evaluate_scores
+from cytoray.mil.adamw import AdamW
 from cytoray.mil.aggregators import build_aggregator
 from cytoray.mil.base import MISSING, Aggregator, task_classes_of
 from cytoray.mil.config import MILConfig
@@ -181,7 +182,7 @@ class Trial:
 
     config: MILConfig
     aggregator: Aggregator
-    optimiser: torch.optim.Optimizer
+    optimiser: AdamW
     train_labels: np.ndarray
     val_labels: np.ndarray
     batches: Batches
@@ -201,8 +202,16 @@ class Trial:
         ]
         steps = config.epochs * math.ceil(len(self.train_labels) / config.batch_bags)
         floors = [min(1.0, config.min_lr / group["lr"]) for group in self.optimiser.param_groups]
-        factors = [partial(lr_factor, steps, config.warmup_share, floor) for floor in floors]
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factors)
+        self.factors = [partial(lr_factor, steps, config.warmup_share, floor) for floor in floors]
+        self.base_lrs = [group["lr"] for group in self.optimiser.param_groups]
+        self.step = 0
+        self._set_lrs()
+
+    def _set_lrs(self) -> None:
+        """The learning rates of this step."""
+        parts = zip(self.optimiser.param_groups, self.base_lrs, self.factors, strict=True)
+        for group, base, factor in parts:
+            group["lr"] = base * factor(self.step)
 
     def run(self, result: MILResult, on_epoch: OnEpoch | None, *, start: bool = False) -> MILResult:
         """Train; with `start`, the state before the first epoch counts as epoch 0."""
@@ -238,13 +247,14 @@ class Trial:
                 output = self.aggregator(packed.features, packed.offsets, coarse)
                 terms = self.aggregator.loss(output, labels, self.weights)
                 loss = torch.stack(list(terms.values())).sum()
-            self.optimiser.zero_grad(set_to_none=True)
+            self.optimiser.zero_grad()
             loss.backward()
             if self.config.clip_grad:
                 parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
                 nn.utils.clip_grad_norm_(parameters, self.config.clip_grad)
             self.optimiser.step()
-            self.schedule.step()
+            self.step += 1
+            self._set_lrs()
             total += loss.detach() * len(labels)
         mean = float(total) / len(self.train_labels)
         if not math.isfinite(mean):

@@ -16,7 +16,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 from cytoray.tracking.child_runs import ChildRun, ChildRuns, patiently
-from cytoray.tracking.mlflow_tracking import RunInfo, Tracker, keep_going
+from cytoray.tracking.mlflow_tracking import RunInfo, Tracker, keep_going, open_tracker
 from cytoray.tracking.model_facts import ModelFacts
 from cytoray.tracking.run_logger import RunLogger, send_pending
 from cytoray.tracking.values import ARTIFACT_SUFFIXES, flatten_params, resolve_uri
@@ -34,6 +34,7 @@ __all__ = [
     "Tracker",
     "flatten_params",
     "keep_going",
+    "open_tracker",
     "patiently",
     "resolve_uri",
     "send_pending",

@@ -8,8 +8,10 @@ import json
 import logging
 import shlex
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,27 @@ class RunInfo:
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
+
+
+def open_tracker(uri: str | None = None, experiment: str = "cytoray") -> Callable[[], Tracker]:
+    """Open a store in the background: to make a database takes a second or two.
+
+    Args:
+        uri, experiment: as of `Tracker`.
+
+    Returns:
+        What waits for the tracker and returns it, or raises what `Tracker` raised.
+    """
+    opened: Future[Tracker] = Future()
+
+    def work() -> None:
+        try:
+            opened.set_result(Tracker(uri, experiment))
+        except BaseException as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return opened.result
 
 
 @contextlib.contextmanager
