@@ -5,7 +5,7 @@
 
 Three aggregators x four learning rates x two weight decays on the same features, held in memory:
 bags of 100 to 1,000 instances x 384. `grid` is what `cytoray tune` does for them on a running Ray
-(`ray_start_s` is what it takes to start it and to make MLflow's database, one beside the other):
+with an open MLflow store (`cytoray tune` makes its database while Ray starts: `ray_start_s`):
 features into the object store, actors, trials, heads and results on disk, MLflow runs. `serial` is
 plain Python, `train_frozen` for one trial after another: `vs_serial` with one thread, which is what
 a trial of the grid has, and `vs_serial_all_threads` with as many threads as the grid has cores. The
@@ -49,7 +49,7 @@ from cytoray.mil.cohort import Cohort, FeatureSet
 from cytoray.mil.folds import Fold, make_folds
 from cytoray.mil.space import candidates_of, configs_of, grid
 from cytoray.progress import Progress
-from cytoray.tracking import ChildRun, ChildRuns, Tracker, open_tracker
+from cytoray.tracking import ChildRun, ChildRuns, Tracker
 
 WIDTH, SMALLEST, LARGEST = 384, 100, 1_000
 AXES = {
@@ -97,9 +97,9 @@ def on_cluster(
     bags: FeatureSet,
     fold: Fold,
     folder: Path,
-    tracker: Tracker,
 ) -> tuple[float, float]:
     """Seconds of the search as a whole, and the sum over its trials."""
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "benchmark")
     began = time.perf_counter()
     settings = SearchSettings(
         cohort=Shared(cohort),
@@ -143,15 +143,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     data = make_cohort(arguments.slides)
     gain = thread_gain(configs, arguments.cpus, *data)
     began = time.perf_counter()
-    store = Path(tempfile.mkdtemp(prefix="cytoray-tune-"))
-    opened = open_tracker(f"sqlite:///{store}/mlflow.db", "benchmark")
     connect(None, num_cpus=arguments.cpus, preload=TRIAL_MODULE)
-    tracker = opened()
     start_s = time.perf_counter() - began
     rounds = []
     for _ in range(arguments.rounds):
         folder = Path(tempfile.mkdtemp(prefix="cytoray-tune-"))
-        grid_s, inside_s = on_cluster(configs, *data, folder, tracker)
+        grid_s, inside_s = on_cluster(configs, *data, folder)
         torch.set_num_threads(1)
         serial_s = serial(configs, *data)
         shutil.rmtree(folder)
@@ -165,7 +162,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
             flush=True,
         )
     ray.shutdown()
-    shutil.rmtree(store)
     names = ("vs_serial", "vs_serial_all_threads", "trial_overhead_s", "serial_s", "grid_s",
              "trial_s")  # fmt: skip
     medians = {

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from cytoray.errors import InputError
 from cytoray.mil import LabelledBag, MILConfig, predict, save_head, train_frozen
-from cytoray.tracking import Tracker, keep_going
+from cytoray.tracking import Tracker, keep_going, open_tracker
 from cytoray.tracking.head_model import head_facts
 
 
@@ -39,6 +39,17 @@ def test_same_key_is_the_same_run(tracker):
     assert other != first
     assert tracker.start_run("pretrain") != tracker.start_run("pretrain")
     assert tracker.find_run("unknown") is None
+
+
+def test_a_store_opens_in_the_background(tracker, monkeypatch):
+    opened = open_tracker(tracker.uri, "tests")
+    assert opened().experiment_id == tracker.experiment_id
+    assert opened() is opened()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    waiting = open_tracker(closed_port_uri(), "tests")
+    for _ in range(2):
+        with pytest.raises(InputError, match="cannot use the MLflow store"):
+            waiting()
 
 
 def test_children_of_a_parent(tracker):
