@@ -1,6 +1,6 @@
 """A grid of 24 MIL trials on the cluster against the same trials one after another.
 
-    python -m benchmarks.tune [--slides 48] [--epochs 20] [--rounds 1] [--cpus 2]
+    python -m benchmarks.tune [--slides 48] [--epochs 20] [--rounds 3] [--cpus 2]
     python -m benchmarks.tune --kill-drill [--seed 0]
 
 Three aggregators x four learning rates x two weight decays on the same features, held in memory:
@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--slides", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kill-drill", action="store_true")
