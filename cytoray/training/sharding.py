@@ -7,6 +7,7 @@ parameters are put together when the block is run. The numbers are the same eith
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +27,12 @@ from cytoray.ssl.base import Method
 if TYPE_CHECKING:
     from cytoray.training.config import PretrainConfig
 
+# Buffers are equal on all ranks as it is; newer PyTorch names the option anew.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 SHARDED_WIDTH = 1024  # ViT-L; below it the copies are small beside the activations
 # Methods other than `forward` that run a module and so need its parameters.
 _RUNS = ("encode", "forward_parts", "residual")
@@ -60,9 +67,8 @@ def share_method(method: Method, sharding: str, *, device: torch.device, bf16: b
         The module to call in place of `method`.
     """
     if sharding == "ddp":
-        return DistributedDataParallel(
-            method, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        options: Any = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(method, **options)
     if sharding == "fsdp":
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         # Activations keep their type: the residual stream is fp32 as without sharding.
