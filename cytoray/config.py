@@ -6,10 +6,11 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cytoray.errors import InputError
+from cytoray.errors import InputError, raise_problems
 
 T = TypeVar("T")
 
@@ -53,6 +54,35 @@ def from_plain(kind: type[T], values: dict[str, Any], *, where: str = "") -> T:
     if problems:
         raise InputError("the config does not fit", problems)
     return kind(**{k: _convert(hints[k], v, f"{prefix}{k}") for k, v in values.items()})
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse numbers below 0 and NaN: no field of any config has a use for them.
+
+    Raises:
+        InputError: names the flag of every such field.
+    """
+    raise_problems(
+        "these values cannot be used:",
+        [
+            f"--{name.replace('_', '-')} must be 0 or more, not {number:g}"
+            for name, number in _numbers(config, "")
+            if not number >= 0
+        ],
+    )
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Every number of a config and the dotted name of its field; mappings are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        prefix = f"{name}." if name else ""
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{prefix}{field.name}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, (int, float)):
+        yield name, value
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

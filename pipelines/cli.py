@@ -75,6 +75,7 @@ def load_config(kind: type, argv: list[str], *, prog: str, named: dict[str, Any]
 
 def run_job(job: str, argv: list[str]) -> int:
     """Run one job; errors of the user become one message on stderr and exit code 2."""
+    from cytoray.config import check_numbers
     from cytoray.errors import InputError
 
     try:
@@ -87,6 +88,7 @@ def run_job(job: str, argv: list[str]) -> int:
 
             named = NAMED.get(job, {})
         config = load_config(module.Config, argv, prog=f"cytoray {job}", named=named)
+        check_numbers(config)
         result = module.run(config)
         return int(result.get("exit_code", 0)) if isinstance(result, dict) else 0
     except InputError as error:

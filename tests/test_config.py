@@ -10,7 +10,7 @@ import pytest
 import tyro
 import yaml
 
-from cytoray.config import from_plain, to_plain
+from cytoray.config import check_numbers, from_plain, to_plain
 from cytoray.errors import InputError
 from cytoray.finetune import Columns, TrainConfig
 from cytoray.mil import MILConfig
@@ -156,3 +156,27 @@ def test_all_wrong_names_at_once() -> None:
 def test_a_value_that_does_not_fit_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_plain(Outer, {"path": "x"} | values)
+
+
+def test_numbers_below_zero_are_refused_all_at_once() -> None:
+    config = Outer(
+        path=Path("x"),
+        inner=Inner(size_px=-3, share=float("nan")),
+        pair=(0.5, -1.0),
+        cpus=None,
+        options={"shift": -1},
+    )
+    with pytest.raises(InputError) as caught:
+        check_numbers(config)
+    assert caught.value.problems == [
+        "--inner.size-px must be 0 or more, not -3",
+        "--inner.share must be 0 or more, not nan",
+        "--pair must be 0 or more, not -1",
+    ]
+    check_numbers(Outer(path=Path("x"), cpus=float("inf")))
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_named_runs_have_no_number_below_zero(name: str) -> None:
+    for config in NAMED[name].values():
+        check_numbers(config)

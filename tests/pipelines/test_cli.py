@@ -84,6 +84,24 @@ def test_wrong_flags(cytoray, argv: list[str]) -> None:
     assert argv[-1].lstrip("-") in outcome.err + outcome.out or "required" in outcome.err.lower()
 
 
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["tune", "--bags", "b", "--index", "i", "--lora-ranks", "0", "-4"], "--lora-ranks"),
+        (["pretrain", "--index", "i", "--ssl.two-views.hidden-dim", "-1"], "--ssl.two-views"),
+        (["pretrain", "--index", "i", "--max-failures", "-1"], "--max-failures"),
+        (["finetune", "--cells", "c", "--encoders", "vit", "--alpha", "-1"], "--alpha"),
+        (["vpu", "--index", "i", "--encoder", "e", "--vpu.weight-decay", "-1"], "--vpu.weight"),
+        (["quickstart", "--seed", "-1"], "--seed"),
+    ],
+)
+def test_no_flag_takes_a_number_below_zero(refused, tmp_path, argv: list[str], flag: str) -> None:
+    said = refused(*argv, "--out", tmp_path / "o")
+    assert flag in said
+    assert "must be" in said
+    assert not (tmp_path / "o").exists()
+
+
 def manifest(folder: Path, text: str | bytes) -> Path:
     path = folder / "manifest.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -153,7 +171,7 @@ def test_no_index(refused, tmp_path, job: str) -> None:
     ("flags", "message"),
     [
         (["--aggregators", "mean", "abmill"], "unknown aggregator 'abmill'; valid: "),
-        (["--lora-ranks", "-1"], "lora_rank is -1; it must be 0 or more"),
+        (["--lora-ranks", "-1"], "--lora-ranks must be 0 or more, not -1"),
         (["--mil.options", "gated", "1"], "options.gated is not one of mean's"),
         (["--val-fraction", "1.5"], "--val-fraction must be above 0 and below 1, not 1.5"),
         (["--cpus-per-trial", "0"], "--cpus-per-trial must be above 0"),
