@@ -19,7 +19,8 @@ from cytoray.runs import RunFolder
 from cytoray.streaming.plan import ReadPlan
 
 if TYPE_CHECKING:
-    from pipelines.tune import Config, Outcome
+    from pipelines.tune import Config
+    from pipelines.tune_outcome import Outcome
     from pipelines.tune_search import Search
 
 
