@@ -11,8 +11,9 @@ neighbours, logistic regression on standardised features) on labelled cell image
 little KoLeo: in the few hundred steps that a CPU can make, on small batches, plain DINO (`--koleo
 0`) gives all tiles the same feature before it tells any apart. A finished encoder in
 DIR is not trained again, so a run that was stopped goes on. Writes DIR/table.md. The last line is
-JSON: table, a row for each variant and probe with the mean accuracy over the seeds, its 95 %
-t-interval, and each seed's value with a bootstrap interval over groups.
+JSON: table, a row for each variant and probe with the mean accuracy over the seeds and its 95 %
+t-interval, the same of the differences to `random` and `dino` seed by seed, and each seed's value
+with a bootstrap interval over groups.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ VARIANTS = {
     "all": (True, True, True),
 }
 PROBES = ("linear", "knn")
+BASES = ("random", "dino")
 
 
 def config_of(args: argparse.Namespace, variant: str, seed: int) -> PretrainConfig:
@@ -142,44 +145,62 @@ def probed(features: np.ndarray, cells: Cells, seed: int) -> dict[str, tuple[flo
     return made
 
 
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """Mean with its 95 % t-interval; of one value there is no interval."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return [round(mean, 4)]
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return [round(mean, 4), round(mean - half, 4), round(mean + half, 4)]
+
+
 def rows_of(name: str, seeds: list[dict[str, tuple[float, float, float]]]) -> list[dict[str, Any]]:
-    """Table rows of a variant: mean over the seeds with its t-interval."""
-    rows = []
-    for probe in PROBES:
-        values = np.array([seed[probe][0] for seed in seeds])
-        mean, low, high = float(values.mean()), None, None
-        if len(values) > 1:  # one seed has no interval over seeds
-            spread = values.std(ddof=1) / len(values) ** 0.5
-            half = float(stats.t.ppf(0.975, len(values) - 1) * spread)
-            low, high = round(mean - half, 4), round(mean + half, 4)
-        rows.append(
-            {
-                "variant": name,
-                "probe": probe,
-                "accuracy": round(mean, 4),
-                "low": low,
-                "high": high,
-                "seeds": [[round(v, 4) for v in seed[probe]] for seed in seeds],
-            }
-        )
-    return rows
+    """Table rows of a variant, one a probe."""
+    return [
+        {
+            "variant": name,
+            "probe": probe,
+            "accuracy": mean_interval([seed[probe][0] for seed in seeds]),
+            "seeds": [[round(v, 4) for v in seed[probe]] for seed in seeds],
+        }
+        for probe in PROBES
+    ]
+
+
+def add_gains(rows: list[dict[str, Any]]) -> None:
+    """Differences to other rows on the same split, seed by seed: splits differ more than encoders.
+
+    Adds `over_<name>` of `BASES` to each row: the mean difference and its interval.
+    """
+    accuracies = {
+        (row["variant"], row["probe"]): np.array([seed[0] for seed in row["seeds"]]) for row in rows
+    }
+    for row in rows:
+        own = accuracies[row["variant"], row["probe"]]
+        for base in BASES:
+            other = accuracies.get((base, row["probe"]))
+            if other is not None and base != row["variant"]:
+                row[f"over_{base}"] = mean_interval((own - other).tolist())
 
 
 def table_text(rows: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    lines = [
-        "| encoder | probe | accuracy, mean (95 % CI over seeds) | seeds |",
-        "|---|---|---|---|",
-    ]
+    titles = ["encoder", "probe", "accuracy (95 % CI over seeds)"]
+    titles += [f"over {base}" for base in BASES] + ["seeds (95 % CI over sources)"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
-        seeds = ", ".join(
-            f"{value:.3f} ({low:.3f}-{high:.3f})" for value, low, high in row["seeds"]
+        cells = [row["variant"], row["probe"], _with_interval(row["accuracy"], "")]
+        cells += [_with_interval(row.get(f"over_{base}", []), "+") for base in BASES]
+        cells.append(
+            ", ".join(f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in row["seeds"])
         )
-        interval = f"{row['accuracy']:.3f}"
-        if row["low"] is not None:
-            interval += f" ({row['low']:.3f} to {row['high']:.3f})"
-        lines.append(f"| {row['variant']} | {row['probe']} | {interval} | {seeds} |")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _with_interval(values: Sequence[float], sign: str) -> str:
+    mean, *ends = [f"{value:{sign}.3f}" for value in values] or ["-"]
+    return f"{mean} ({ends[0]} to {ends[1]})" if ends else mean
 
 
 def parse() -> argparse.Namespace:
@@ -232,6 +253,7 @@ def main() -> None:
             print(f"{variant}-{seed}: {made[variant][-1]}", flush=True)
     for variant, seeds in made.items():
         rows += rows_of(variant, seeds)
+    add_gains(rows)
     text = table_text(rows)
     atomic_write_text(args.out / "table.md", text)
     print(text)
