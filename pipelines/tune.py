@@ -185,7 +185,9 @@ def run(config: Config) -> dict[str, Any]:
     if config.dry_run:
         return plan_search(config, search)
     opened = open_tracker(config.tracking_uri or None, config.experiment)
-    connect(config.address, preload=TRIAL_MODULE)
+    # Ray keeps a process ready for each core: load it only where each core gets a trial.
+    one_a_core = config.cpus_per_trial <= 1 and not (config.gpus_per_trial or config.max_concurrent)
+    connect(config.address, preload=TRIAL_MODULE if one_a_core else "")
     check_fits(
         [Need(what="trial", count=1, cpus=config.cpus_per_trial, gpus=config.gpus_per_trial)],
         hint="ask for less --cpus-per-trial or --gpus-per-trial",
