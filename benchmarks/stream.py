@@ -201,21 +201,28 @@ def wait_share(folder: Path, source: Path) -> float:
     return statistics.mean(step["wait_share"] for step in small_run(folder, source, ssl))
 
 
-def scaling(folder: Path, source: Path, batch: int) -> float:
-    """Tiles per second of two workers over twice those of one, the same batch a worker."""
-    speeds = []
-    for workers in (1, 2):
-        ssl = PretrainConfig(
-            crops=CropConfig(global_px=224, local_px=96, num_local=8),
-            head=HeadConfig(out_dim=4096),
-            optim=OptimConfig(warmup_steps=5, freeze_last_layer_steps=5),
-            batch_size=batch * workers,
-            total_steps=24,  # readers first fill what is read ahead, on the same cores
-        )
-        steps = small_run(folder, source, ssl, workers=workers, cpus_per_worker=0.5)
-        speeds.append(statistics.median(step["tiles_per_s"] for step in steps))
-        print(f"{workers} worker(s): {speeds[-1]:.2f} tiles/s", flush=True)
-    return speeds[1] / (2 * speeds[0])
+def scaling(folder: Path, source: Path, batch: int, rounds: int) -> float:
+    """Tiles per second of two workers over twice those of one, in turn; median of the rounds."""
+    ratios = []
+    for _ in range(rounds):
+        one, two = (training_speed(folder, source, batch, workers) for workers in (1, 2))
+        ratios.append(two / (2 * one))
+    return statistics.median(ratios)
+
+
+def training_speed(folder: Path, source: Path, batch: int, workers: int) -> float:
+    """Tiles per second of a pretraining, in its last steps."""
+    ssl = PretrainConfig(
+        crops=CropConfig(global_px=224, local_px=96, num_local=8),
+        head=HeadConfig(out_dim=4096),
+        optim=OptimConfig(warmup_steps=5, freeze_last_layer_steps=5),
+        batch_size=batch * workers,
+        total_steps=24,  # readers first fill what is read ahead, on the same cores
+    )
+    steps = small_run(folder, source, ssl, workers=workers, cpus_per_worker=0.5)
+    speed = statistics.median(step["tiles_per_s"] for step in steps)
+    print(f"{workers} worker(s): {speed:.2f} tiles/s", flush=True)
+    return speed
 
 
 def feed(source: Path, options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -285,7 +292,7 @@ def main() -> None:
         if "wait" in options.only:
             found["wait_share"] = wait_share(folder, source)
         if "scaling" in options.only:
-            found["scaling_efficiency"] = scaling(folder, source, options.batch)
+            found["scaling_efficiency"] = scaling(folder, source, options.batch, options.rounds)
     names = ("vs_dataloader", "wait_share", "tiles_per_s", "cache_gain", "scaling_efficiency")
     result = {key: round(found[key], 3) if key in found else None for key in names}
     print(json.dumps(result | {"cpus": len(os.sched_getaffinity(0))}))
