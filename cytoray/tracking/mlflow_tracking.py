@@ -72,7 +72,8 @@ def open_tracker(uri: str | None = None, experiment: str = "cytoray") -> Callabl
         except BaseException as error:
             opened.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    # Not a daemon: a process that ends early must not leave a database half made.
+    threading.Thread(target=work).start()
     return opened.result
 
 
