@@ -2,18 +2,18 @@
 
     python -m benchmarks.tile_set --index INDEX --out tiles.npz
     python -m benchmarks.ablation --tiles tiles.npz --cells CELLS --out DIR [--steps 400]
-        [--variants dino ncp sparse irpe all] [--seeds 0 1 2] [--koleo 0.1] [--device cpu|cuda]
-        [--workers 0]
+        [--variants dino centred ncp sparse irpe all] [--seeds 0 1 2] [--koleo 0.1]
+        [--device cpu|cuda] [--workers 0]
 
 Pretrains one encoder for each variant and seed on unlabelled tiles, then probes it (k nearest
 neighbours, logistic regression on standardised features) on labelled cell images split by group;
-`random` is the same network untrained, `colour-histogram` no network at all. All variants have a
-little KoLeo: in the few hundred steps that a CPU can make, on small batches, plain DINO (`--koleo
-0`) gives all tiles the same feature before it tells any apart. A finished encoder in
-DIR is not trained again, so a run that was stopped goes on. Writes DIR/table.md. The last line is
-JSON: table, a row for each variant and probe with the mean accuracy over the seeds and its 95 %
-t-interval, the same of the differences to `random` and `dino` seed by seed, and each seed's value
-with a bootstrap interval over groups.
+`random` is the same network untrained, `colour-histogram` no network at all; `centred` has NCP's
+crops on nuclei without its shuffled surroundings. All variants have a little KoLeo: in the few
+hundred steps that a CPU can make, on small batches, plain DINO (`--koleo 0`) gives all tiles the
+same feature before it tells any apart. A finished encoder in DIR is not trained again, so a run
+that was stopped goes on. Writes DIR/table.md. The last line is JSON: table, a row for each variant
+and probe with the mean accuracy over the seeds and its 95 % t-interval, the same of the differences
+to `random` and `dino` seed by seed, and each seed's value with a bootstrap interval over groups.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from cytoray.finetune.pixels import read_image
 from cytoray.io import atomic_write_text
 from cytoray.models.encoder import SPEC_FILE, save_encoder
 from cytoray.models.sr_transformer import SRConfig
-from cytoray.perturb import CROP_POLICIES
-from cytoray.streaming.tiles import PerturbConfig
+from cytoray.perturb import CROP_POLICIES, PerturbConfig
 from cytoray.training import (
     BackboneConfig,
     CropConfig,
@@ -52,13 +51,15 @@ from cytoray.training import (
 )
 from cytoray.training.config import encoder_spec
 
+PLAIN, NCP = PerturbConfig(enabled=False), PerturbConfig()
 # variant -> perturbation, sparse attention, relative positions
 VARIANTS = {
-    "dino": (False, False, False),
-    "ncp": (True, False, False),
-    "sparse": (False, True, False),
-    "irpe": (False, False, True),
-    "all": (True, True, True),
+    "dino": (PLAIN, False, False),
+    "centred": (PerturbConfig(shuffle=False), False, False),
+    "ncp": (NCP, False, False),
+    "sparse": (PLAIN, True, False),
+    "irpe": (PLAIN, False, True),
+    "all": (NCP, True, True),
 }
 PROBES = ("linear", "knn")
 BASES = ("random", "dino")
@@ -99,7 +100,7 @@ def pretrain(args: argparse.Namespace, tiles: TileSet, variant: str, seed: int) 
     policy = replace(CROP_POLICIES[args.method], num_global=2, num_local=args.locals)
     engine = PretrainEngine(config, args.device)
     stream = batches(
-        tiles, policy, PerturbConfig(enabled=VARIANTS[variant][0]),
+        tiles, policy, VARIANTS[variant][0],
         batch=args.batch, steps=args.steps, seed=seed, workers=args.workers,
     )  # fmt: skip
     began = time.perf_counter()

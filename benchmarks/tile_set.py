@@ -21,12 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cytoray.io import atomic_path
 from cytoray.nuclei import read_nuclei
-from cytoray.perturb import CropPolicy, nuclei_centred_views, tile_rng
+from cytoray.perturb import CropPolicy, PerturbConfig, tile_rng
 from cytoray.slides import parse_tile_id
 from cytoray.streaming.chunk_nuclei import to_tile_frame
 from cytoray.streaming.plan import plan_of_index
 from cytoray.streaming.tile_pixels import ChunkTiles
-from cytoray.streaming.tiles import PerturbConfig
 
 QUALITY = 95
 
@@ -122,14 +121,12 @@ class Views(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
         index, epoch = key
-        made = nuclei_centred_views(
+        made = self.perturb.views(
             self.tiles.pixels[index],
             self.tiles.nuclei[index],
-            self.perturb.radius_um / self.tiles.mpp,
             self.policy,
             tile_rng(self.seed, epoch, str(self.tiles.tile_ids[index])),
-            retain_fraction=self.perturb.retain_fraction,
-            perturbed=self.perturb.enabled,
+            mpp=self.tiles.mpp,
         )
         return {"pixels": made.tile, "views": made.views}
 

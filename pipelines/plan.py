@@ -143,9 +143,11 @@ def run(config: Config) -> dict[str, Any]:
     nodes = parse_nodes(config.nodes)
     training = planned_training(config)
     rows, work, grid = _slides(config, training)
+    needs_nuclei = config.job != "pretrain" or training.perturb.enabled
+    detects = config.job == "index" or (needs_nuclei and not work.has_nuclei)
     settings = MeasureSettings(
         grid=grid,
-        detector="none" if work.has_nuclei and config.job != "index" else config.detector,
+        detector=config.detector if detects else "none",
         keep_share=config.keep_share,
         trust_manifest_mpp=config.trust_manifest_mpp,
         chunks_per_slide=config.chunks_per_slide,

@@ -20,12 +20,13 @@ from cytoray.distributed.watch import EventWatch
 from cytoray.errors import InputError, choose, raise_problems
 from cytoray.nuclei import DETECTORS
 from cytoray.patience import PARTIAL, Patience, ReadTries
+from cytoray.perturb import PerturbConfig
 from cytoray.progress import Progress, summary_table
 from cytoray.runs import MAY_CHANGE, RunFolder
 from cytoray.streaming import ChunkOrder
 from cytoray.streaming.plan import ReadPlan, has_nuclei_table, plan_of_index
 from cytoray.streaming.tile_cache import TileCacheConfig, cache_key
-from cytoray.streaming.tiles import PerturbConfig, TileReaderConfig
+from cytoray.streaming.tiles import TileReaderConfig
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainConfig
 from cytoray.training.config import normalisation
@@ -55,9 +56,9 @@ class Config:
         index: folder written by `cytoray index`.
         out: folder of this run.
         ssl: method, backbone, crops, losses and schedules.
-        perturb: nuclei-centred perturbation.
+        perturb: Nuclei-Centred Perturbation; `--perturb.no-enabled` trains on plain crops.
         nuclei: `table` takes the index's nuclei, `detect` finds them on the fly, `auto` takes the
-            table when there is one.
+            table when there is one. Without the perturbation nothing is detected.
         detector: used when nuclei are detected on the fly.
         epochs: passes over all tiles; sets the number of steps instead of ssl.total-steps.
         shuffle_chunks: chunks whose tiles are mixed with each other; more mixes better and needs
@@ -302,7 +303,7 @@ def _reader_config(config: Config, plan: ReadPlan) -> TileReaderConfig:
             "--nuclei detect"
         )
     use_table = has_table and config.nuclei != "detect"
-    if config.detector == "precomputed" and not use_table:
+    if config.perturb.enabled and config.detector == "precomputed" and not use_table:
         raise InputError(
             "detector `precomputed` cannot find nuclei on the fly; run `cytoray index --detector "
             "precomputed --nuclei-dir DIR`, and pretrain with its table"
@@ -323,7 +324,7 @@ def _tile_cache(config: Config, plan: ReadPlan, use_table: bool) -> TileCacheCon
         return None
     table = (config.index / "slides.parquet").resolve()
     stat = table.stat()
-    source = "table" if use_table else config.detector
+    source = "table" if use_table else config.detector if config.perturb.enabled else "none"
     key = cache_key(str(table), stat.st_size, stat.st_mtime_ns, plan_facts(plan), source,
                     config.splits)  # fmt: skip
     return TileCacheConfig(max_gb=config.cache_tiles, key=key)

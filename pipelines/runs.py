@@ -13,7 +13,7 @@ import tyro
 from cytoray.finetune import TrainConfig
 from cytoray.mil import MILConfig
 from cytoray.models.sr_transformer import SRConfig
-from cytoray.streaming.tiles import PerturbConfig
+from cytoray.perturb import PerturbConfig
 from cytoray.training import (
     BackboneConfig,
     CropConfig,

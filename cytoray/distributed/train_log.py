@@ -33,7 +33,8 @@ class StreamMeter:
 
     def reset(self) -> None:
         """Begin anew."""
-        self.tiles = self.rows = self.without_nuclei = self.nuclei = self.cached = 0
+        self.tiles = self.rows = self.cached = 0
+        self.looked = self.without_nuclei = self.nuclei = 0
         self.wait_s = self.read_s = self.detect_s = self.perturb_s = 0.0
         self.most_wait_s = 0.0
         self.began = time.perf_counter()
@@ -42,9 +43,11 @@ class StreamMeter:
         """Count a batch."""
         columns = batch.columns
         self.tiles += batch.tiles
-        self.rows += len(columns["num_nuclei"])
-        self.nuclei += int(columns["num_nuclei"].sum())
-        self.without_nuclei += int((columns["num_nuclei"] == 0).sum())
+        nuclei = columns["num_nuclei"]
+        self.rows += len(nuclei)
+        self.looked += int((nuclei >= 0).sum())  # -1: nobody looked
+        self.nuclei += int(nuclei.clip(min=0).sum())
+        self.without_nuclei += int((nuclei == 0).sum())
         self.cached += int(columns["cached"].sum())
         self.wait_s += batch.wait_s
         self.most_wait_s = max(self.most_wait_s, batch.wait_s)
@@ -64,10 +67,11 @@ class StreamMeter:
             "detect_ms_per_tile": 1e3 * self.detect_s / rows,
             "perturb_ms_per_tile": 1e3 * self.perturb_s / rows,
             "train_ms_per_tile": 1e3 * max(seconds - self.wait_s, 0.0) / rows,
-            "nuclei_per_tile": self.nuclei / rows,
-            "no_nucleus_share": self.without_nuclei / rows,
             "cache_hit_share": self.cached / rows,
         }
+        if self.looked:
+            values["nuclei_per_tile"] = self.nuclei / self.looked
+            values["no_nucleus_share"] = self.without_nuclei / self.looked
         if self._flops:
             values["tflops"] = self._flops * tiles_per_s / 1e12
         if self._flops and self._peak:

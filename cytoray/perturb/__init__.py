@@ -1,5 +1,6 @@
 """Nuclei-Centred Perturbation: retained nuclei, shuffled surroundings, nucleus-centred views."""
 
+from cytoray.perturb.config import PerturbConfig
 from cytoray.perturb.nuclei_centred import (
     NucleiViews,
     inside_tile,
@@ -27,6 +28,7 @@ __all__ = [
     "VIEW_PARAMS",
     "CropPolicy",
     "NucleiViews",
+    "PerturbConfig",
     "identity_views",
     "inside_tile",
     "near_mask",

@@ -18,7 +18,7 @@ import numpy as np
 
 from cytoray.errors import SlideError
 from cytoray.nuclei import build_detector
-from cytoray.perturb import CropPolicy, nuclei_centred_views, tile_rng
+from cytoray.perturb import CropPolicy, PerturbConfig, tile_rng
 from cytoray.slides import (
     DEFAULT_KEEP_SHARE,
     ChunkPixels,
@@ -33,7 +33,6 @@ from cytoray.slides import (
     slide_foreground,
 )
 from cytoray.streaming.chunk_nuclei import chunk_core_px, detect_in_chunk, halo_px, to_tile_frame
-from cytoray.streaming.tiles import PerturbConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,14 +219,12 @@ class _ChunkWork:
                 tile_x_px=x,
                 tile_y_px=y,
             )
-            nuclei_centred_views(
+            settings.perturb.views(
                 chunk.tile(tile),
                 xy[np.all((xy >= 0) & (xy < side), axis=1)],
-                settings.perturb.radius_um / settings.grid.mpp,
                 policy,
                 tile_rng(settings.seed, 0, f"{place}:{tile}"),
-                retain_fraction=settings.perturb.retain_fraction,
-                perturbed=settings.perturb.enabled,
+                mpp=settings.grid.mpp,
             )
 
 

@@ -12,7 +12,7 @@ import torch
 from cytoray.models.attention_maps import attention_of_images
 from cytoray.models.encoder import load_encoder
 from cytoray.nuclei import read_nuclei
-from cytoray.perturb import CropPolicy, nuclei_centred_views, tile_rng
+from cytoray.perturb import CropPolicy, PerturbConfig, tile_rng
 from cytoray.report.evaluation_figures import attention_figure
 from cytoray.report.figures import loss_curves
 from cytoray.report.overlays import crop_outlines, view_grid, views_to_uint8
@@ -75,8 +75,7 @@ def example_views(
     index: Path,
     policy: CropPolicy,
     *,
-    radius_um: float,
-    retain_fraction: tuple[float, float],
+    perturb: PerturbConfig,
     global_px: int,
     local_px: int,
     seed: int,
@@ -89,10 +88,11 @@ def example_views(
     rows = []
     for number, place, tile, pixels, xy in _best_tiles(plan, index, seed, num_tiles):
         rng = tile_rng(seed, 0, f"{place}:{number}:{tile}")
-        made = nuclei_centred_views(
-            pixels, xy, radius_um / plan.mpp, policy, rng, retain_fraction=retain_fraction
-        )
-        rows.append(_rendered(pixels, xy, made, policy, global_px, local_px, radius_um, plan.mpp))
+        made = perturb.views(pixels, xy, policy, rng, mpp=plan.mpp)
+        row = _rendered(pixels, xy, made, policy, global_px, local_px)
+        if perturb.enabled and perturb.shuffle:
+            row["radius_px"] = np.full(len(xy), perturb.radius_um / plan.mpp)
+        rows.append(row)
     return view_grid(rows) if rows else None
 
 
@@ -167,8 +167,6 @@ def _rendered(
     policy: CropPolicy,
     global_px: int,
     local_px: int,
-    radius_um: float,
-    mpp: float,
 ) -> dict[str, Any]:
     tiles = torch.from_numpy(made.tile.copy())[None]
     params = torch.from_numpy(made.views)[None]
@@ -182,7 +180,6 @@ def _rendered(
         "perturbed": made.tile,
         "nuclei_xy_px": xy,
         "retained": made.retained,
-        "radius_px": np.full(len(xy), radius_um / mpp),
         "global_views": views_to_uint8(big.numpy(), _MEAN, _STD),
         "local_views": small,
         "outlines": crop_outlines(made.views),

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cytoray.errors import SlideError, raise_problems
+from cytoray.errors import SlideError
 from cytoray.nuclei import build_detector, read_nuclei
 from cytoray.patience import ReadTries
-from cytoray.perturb import NUM_VIEW_PARAMS, CropPolicy, nuclei_centred_views, tile_rng
+from cytoray.perturb import NUM_VIEW_PARAMS, CropPolicy, PerturbConfig, tile_rng
 from cytoray.slides import ChunkPixels, chunk_id, mask_indices, tile_id
 from cytoray.streaming.chunk_nuclei import (
     chunk_core_px,
@@ -31,33 +31,6 @@ _NUCLEI_TABLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerturbConfig:
-    """Nuclei-Centred Perturbation (Cyto-SSL, Algorithm 1).
-
-    Attributes:
-        enabled: shuffle the pixels far from every retained nucleus.
-        radius_um: r; 12.5 um is the paper's 50 px at 40x.
-        retain_fraction: range of the share of a tile's nuclei that is retained.
-    """
-
-    enabled: bool = True
-    radius_um: float = 12.5
-    retain_fraction: tuple[float, float] = (0.5, 1.0)
-
-    def __post_init__(self) -> None:
-        low, high = self.retain_fraction
-        problems = []
-        if not self.radius_um > 0:
-            problems.append(f"perturb.radius_um must be above 0, not {self.radius_um:g}")
-        if not 0 <= low <= high <= 1:
-            problems.append(
-                f"perturb.retain_fraction must be two numbers, 0 <= low <= high <= 1, not "
-                f"{low:g} {high:g}"
-            )
-        raise_problems("the perturbation cannot be done:", problems)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TileReaderConfig:
     """What is done to a tile on its way to training.
 
@@ -65,7 +38,8 @@ class TileReaderConfig:
         seed: the run's seed.
         policy: crops and augmentations.
         perturb: nuclei-centred perturbation.
-        nuclei_dir: folder of the index's nuclei tables; empty: detect on the fly.
+        nuclei_dir: folder of the index's nuclei tables; empty: detect on the fly, where the
+            perturbation needs nuclei.
         detector: name of the detector used when there is no table.
         detector_kwargs: its options.
         cache: keep tiles on the node's disk for later epochs; None: read the slides every time.
@@ -109,9 +83,10 @@ class TileReader:
         self.grid = self.slides.grid
         self._cache = None if config.cache is None else TileCache(config.cache)
         self._nuclei: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._detect = (
-            None if config.nuclei_dir else build_detector(config.detector, **config.detector_kwargs)
-        )
+        self._knows_nuclei = config.perturb.enabled or bool(config.nuclei_dir)
+        self._detect = None
+        if config.perturb.enabled and not config.nuclei_dir:
+            self._detect = build_detector(config.detector, **config.detector_kwargs)
 
     def num_tiles(self, position: int) -> int:
         """Tiles of the chunk at `position`."""
@@ -127,7 +102,8 @@ class TileReader:
         Returns:
             Columns, one row a tile: `pixels` uint8 (n, S, S, 3); `views` float32 (n, V, P), see
             `cytoray.perturb.VIEW_PARAMS`; `tile_id` and `error` str (empty when the tile could be
-            read); `num_nuclei` int32; `cached` bool, whether it came from the tile cache;
+            read); `num_nuclei` int32, -1 where nobody looked; `cached` bool, whether it came from
+            the tile cache;
             `read_s`, `detect_s`, `perturb_s` float32, seconds spent on the tile. n is what the
             plan says, always: a tile that cannot be read has its error.
         """
@@ -228,21 +204,14 @@ class TileReader:
             tile_y_px=corner_px[1],
         )
         xy = xy[np.all((xy >= 0) & (xy < size), axis=1)]
-        made = nuclei_centred_views(
-            pixels,
-            xy,
-            self.config.perturb.radius_um / self.grid.mpp,
-            self.config.policy,
-            tile_rng(self.config.seed, epoch, name),
-            retain_fraction=self.config.perturb.retain_fraction,
-            perturbed=self.config.perturb.enabled,
-        )
+        rng = tile_rng(self.config.seed, epoch, name)
+        made = self.config.perturb.views(pixels, xy, self.config.policy, rng, mpp=self.grid.mpp)
         return {
             "tile_id": name,
             "error": "",
             "pixels": made.tile,
             "views": made.views,
-            "num_nuclei": len(xy),
+            "num_nuclei": len(xy) if self._knows_nuclei else -1,
             "perturb_s": time.perf_counter() - begin,
         }
 
@@ -253,6 +222,8 @@ class TileReader:
             return detect_in_chunk(
                 self._detect, chunk, core_px=core_px, mpp=self.grid.mpp, mpp_slide=mpp_slide
             )
+        if not self._knows_nuclei:
+            return np.zeros((0, 4), np.float32)
         if slide not in self._nuclei:
             path = Path(self.config.nuclei_dir) / f"{row['slide_id']}.parquet"
             self._nuclei[slide] = read_nuclei(path)

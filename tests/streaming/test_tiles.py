@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from cytoray.nuclei import write_nuclei
-from cytoray.perturb import CROP_POLICIES, NUM_VIEW_PARAMS, VIEW_COLUMN
+from cytoray.perturb import CROP_POLICIES, NUM_VIEW_PARAMS, VIEW_COLUMN, PerturbConfig
 from cytoray.streaming import ChunkOrder
 from cytoray.streaming.plan import ReadPlan
 from cytoray.streaming.tile_pixels import ChunkTiles
-from cytoray.streaming.tiles import PerturbConfig, TileReader, TileReaderConfig
+from cytoray.streaming.tiles import TileReader, TileReaderConfig
 from cytoray.synthetic import corrupt_tile
 
 from ..conftest import MPP, TILE_PX
@@ -92,7 +92,7 @@ def test_nuclei_are_where_the_pixels_are_dark(read_plan, nuclei_dir) -> None:
     policy = replace(POLICY, jitter=0.0, num_local=1, local_scale=(0.05, 0.05))
     order = ChunkOrder(num_chunks=read_plan.num_chunks, seed=0)
     config = TileReaderConfig(
-        seed=0, policy=policy, perturb=PerturbConfig(enabled=False), nuclei_dir=nuclei_dir
+        seed=0, policy=policy, perturb=PerturbConfig(shuffle=False), nuclei_dir=nuclei_dir
     )
     epoch = joined(read_epoch(TileReader(read_plan, order, config)))
     columns = [VIEW_COLUMN["center_x_px"], VIEW_COLUMN["center_y_px"]]
@@ -133,8 +133,24 @@ def test_perturbation_scrambles_tiles_with_nuclei_alone(read_plan, detected) -> 
     busy = epoch["num_nuclei"] > 0
     assert not changed[~busy].any()
     assert changed[busy].mean() > 0.9
-    off = joined(read_epoch(make_reader(read_plan, perturb=PerturbConfig(enabled=False))))
-    assert np.array_equal(off["pixels"], original["pixels"])
+    for off in (PerturbConfig(enabled=False), PerturbConfig(shuffle=False)):
+        left_alone = joined(read_epoch(make_reader(read_plan, perturb=off)))
+        assert np.array_equal(left_alone["pixels"], original["pixels"])
+
+
+def test_without_perturbation_crops_lie_anywhere_and_nothing_is_detected(
+    read_plan, nuclei_dir, detected
+) -> None:
+    """Plain DINOv2, iBOT, ...: the same crops whether the nuclei are known or not."""
+    plain = PerturbConfig(enabled=False)
+    blind = joined(read_epoch(make_reader(read_plan, perturb=plain)))
+    assert set(blind["num_nuclei"].tolist()) == {-1}
+    knowing = joined(read_epoch(make_reader(read_plan, perturb=plain, nuclei_dir=nuclei_dir)))
+    centred = joined(detected)
+    assert np.array_equal(knowing["num_nuclei"], centred["num_nuclei"])
+    assert np.array_equal(knowing["views"], blind["views"])
+    busy = centred["num_nuclei"] > 0
+    assert (centred["views"] != blind["views"]).any(axis=(1, 2))[busy].all()
 
 
 def test_a_lost_slide_keeps_its_rows_with_the_reason(read_plan, detected, tmp_path) -> None:
