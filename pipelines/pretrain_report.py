@@ -73,27 +73,27 @@ def _costs(config: Pretrain, ssl: PretrainConfig, use_gpu: bool) -> dict[str, An
 
 
 def pictures(config: Pretrain, plan: ReadPlan, encoder: Path) -> dict[str, bytes]:
-    """Some tiles as the model sees them, and where its encoder looks; none without nuclei.
+    """Some tiles as the model sees them, and where its encoder looks.
 
     Args:
         config: of the run.
         plan: what was read.
         encoder: folder of the trained encoder.
     """
-    if not has_nuclei_table(config.index):
-        return {}
     crops = config.ssl.crops
+    nuclei_dir = config.index / "nuclei" if has_nuclei_table(config.index) else None
     found = {
         "views": example_views(
             plan,
-            config.index,
+            nuclei_dir,
             crop_policy(config.ssl),
             perturb=config.perturb,
+            detector=config.detector,
             global_px=crops.global_px,
             local_px=crops.local_px,
             seed=config.ssl.seed,
         ),
-        "attention": example_attention(plan, config.index, encoder, seed=config.ssl.seed),
+        "attention": example_attention(plan, nuclei_dir, encoder, seed=config.ssl.seed),
     }
     return {name: image for name, image in found.items() if image is not None}
 

@@ -115,7 +115,7 @@ def view_grid(rows: Sequence[Mapping[str, Any]], max_local: int = 4) -> bytes:
         for axes in grid[line]:
             axes.set_axis_off()
         _draw_original(grid[line, 0], row, "original" if line == 0 else "")
-        _draw_perturbed(grid[line, 1], row, num_local, "perturbed" if line == 0 else "")
+        _draw_perturbed(grid[line, 1], row, num_local, "as trained on" if line == 0 else "")
         for start, name, color, most in (
             (2, "global", BLUE, num_global),
             (2 + num_global, "local", ORANGE, num_local),
