@@ -49,6 +49,7 @@ class Config:
         estimate_mpp: check every slide's um/px by the size of its nuclei, and take that where
             nobody states one; rough: it finds errors by ten.
         min_focus: tiles less sharp than this (0..1; 0.36 is a blur of about 2.5 um) are left out.
+        min_nuclei: tiles with fewer nuclei are left out; 1 leaves out cytoplasm and debris alone.
         timeout_s: seconds that opening a slide, or reading one of its chunks, may take before its
             reader is ended and started again; 0: any time.
         max_tries: a slide whose reader died or was ended this often at one place is quarantined.
@@ -70,6 +71,7 @@ class Config:
     trust_manifest_mpp: bool = False
     estimate_mpp: bool = False
     min_focus: float = 0.0
+    min_nuclei: int = 0
     timeout_s: float = 600.0
     max_tries: int = 2
     max_actors: int = 0
@@ -100,6 +102,10 @@ class Config:
             problems.append(f"--nuclei-frame must be level0 or um, not {self.nuclei_frame!r}")
         if not 0 <= self.min_focus < 1:
             problems.append(f"--min-focus must be from 0 to below 1, not {self.min_focus:g}")
+        if self.min_nuclei < 0:
+            problems.append(f"--min-nuclei must be 0 or more, not {self.min_nuclei}")
+        if self.min_nuclei and self.detector == "none":
+            problems.append("--min-nuclei needs nuclei: choose a --detector other than none")
         if not 0 <= self.keep_share <= 1:
             problems.append(f"--keep-share must be from 0 to 1, not {self.keep_share:g}")
         if self.timeout_s < 0:
@@ -133,6 +139,7 @@ def run(config: Config) -> dict[str, Any]:
         detector_kwargs=config.detector_options,
         estimate_mpp=config.estimate_mpp,
         min_focus=config.min_focus,
+        min_nuclei=config.min_nuclei,
         keep_share=config.keep_share,
         trust_manifest_mpp=config.trust_manifest_mpp,
         patience=Patience(

@@ -10,6 +10,7 @@ import numpy as np
 
 from cytoray.slides import SlideGrid, mask_indices
 from cytoray.slides.focus import OUT_OF_FOCUS
+from cytoray.streaming.chunk_nuclei import to_tile_frame
 
 # Focus scores are kept as bytes: this many steps, and a value for "cannot be told".
 FOCUS_STEPS = 250
@@ -46,9 +47,33 @@ class SlideChunks:
             self.focus[row, column] = np.nan if byte == UNKNOWN_FOCUS else byte / FOCUS_STEPS
 
     @property
+    def num_kept(self) -> int:
+        """Tiles kept."""
+        return sum(mask.bit_count() for mask in self.keep)
+
+    @property
     def nuclei(self) -> np.ndarray:
         """float32 (N, 4), by chunk."""
         return np.concatenate(self._found)
+
+    def keep_with_nuclei(
+        self, nuclei: np.ndarray, minimum: int, mpp_slide: tuple[float, float]
+    ) -> None:
+        """Leave out tiles with fewer than `minimum` nuclei.
+
+        Args:
+            nuclei: float32 (N, 4), centres in level-0 pixels.
+            minimum: nuclei whose centre is in the tile.
+            mpp_slide: um per level-0 pixel on x and y.
+        """
+        grid, counts = self.layout.grid, np.zeros(self.focus.shape, np.int64)
+        xy = to_tile_frame(nuclei, mpp=grid.mpp, mpp_slide=mpp_slide, tile_x_px=0, tile_y_px=0)
+        columns, rows = np.floor(xy / grid.tile_px).astype(np.int64).T
+        height, width = counts.shape
+        inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+        np.add.at(counts, (rows[inside], columns[inside]), 1)
+        enough = self.layout.chunk_keep_masks(counts, minimum)
+        self.keep = [mask & other for mask, other in zip(self.keep, enough, strict=True)]
 
     def kept_focus(self) -> bytes:
         """One byte a kept tile, see `IndexedSlide.tile_focus`."""

@@ -74,6 +74,7 @@ class IndexSettings:
         estimate_mpp: check every slide's scale by the size of its nuclei, and take that where
             nobody states one.
         min_focus: tiles with a lower focus score (0..1) are left out; those without a score stay.
+        min_nuclei: tiles with fewer nuclei are left out.
         reader: `auto`, or a reader's name to insist on.
         patience: how long and how often a slide is tried.
     """
@@ -85,6 +86,7 @@ class IndexSettings:
     trust_manifest_mpp: bool = False
     estimate_mpp: bool = False
     min_focus: float = 0.0
+    min_nuclei: int = 0
     reader: str = "auto"
     patience: Patience = field(default_factory=Patience)
 
@@ -167,28 +169,36 @@ class SlideIndexer:
             given = self._given_nuclei(work, foreground.mask, row)
             chunks = self._chunks(work, foreground.keep_masks, attempt)
             nuclei = chunks.nuclei if given is None else given
-            row |= self._outcome(chunks, nuclei)
+            row |= self._outcome(chunks, nuclei, scale)
             with attempt.step():
                 self._write_pictures(work, foreground.mask, nuclei, chunks.focus)
         return IndexedSlide(row, chunks.problems, chunks.kept_focus()), nuclei
 
-    def _outcome(self, chunks: SlideChunks, nuclei: np.ndarray) -> dict[str, Any]:
+    def _outcome(
+        self, chunks: SlideChunks, nuclei: np.ndarray, scale: ResolvedMpp
+    ) -> dict[str, Any]:
         """The columns of a slide's row that come from its chunks.
 
         Raises:
             SlideError: nothing is left to use.
         """
-        kept = sum(mask.bit_count() for mask in chunks.keep)
+        kept = chunks.num_kept
         if not kept and chunks.out_of_focus:
             raise SlideError("out_of_focus", "not one tile with cells is in focus (min_focus)")
         if not kept:
             raise SlideError("decode_error", "not one tile with cells could be decoded")
         if self.detect and not len(nuclei):
             raise SlideError("no_nuclei", "there is foreground, but not one nucleus was found")
+        least = self.settings.min_nuclei
+        if self.detect and least:
+            chunks.keep_with_nuclei(nuclei, least, (scale.mpp_x, scale.mpp_y))
+        if not chunks.num_kept:
+            reason = f"no tile has as many as {least} of the slide's {len(nuclei):,} nuclei"
+            raise SlideError("no_nuclei", f"{reason} (min_nuclei)")
         return {
             "status": STATUS_OK,
             "keep_masks": chunks.keep,
-            "num_tiles": kept,
+            "num_tiles": chunks.num_kept,
             "num_nuclei": len(nuclei) if self.detect else None,
             "z_planes": chunks.planes,
             **focus_columns(chunks.focus),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,34 @@ def test_nuclei_lie_on_the_truth(manifest, plain_index, entries) -> None:
         assert (distance_um < 3).mean() > 0.75
         near = np.sort(np.linalg.norm(nuclei[:, None] - nuclei[None], axis=2), axis=1)[:, 1]
         assert (near * MPP > 1).all()  # none twice where chunks meet
+
+
+def test_tiles_with_too_few_nuclei_are_left_out(plain_index, entries, tmp_path) -> None:
+    """The same nuclei count that a reader of the tiles finds; all other tiles stay."""
+    entry = entries[0]
+    few = SlideIndexer(replace(SETTINGS, min_nuclei=2), tmp_path)(entry)
+    every = read_part(plain_index, entry["slide_id"])
+    xy = read_nuclei(part_path(tmp_path, entry["slide_id"]))[:, :2]
+    assert few.row["num_nuclei"] == every.row["num_nuclei"] == len(xy)
+    per_tile = Counter(map(tuple, (xy // TILE_PX).astype(int).tolist()))
+    columns = -(-1024 // TILE_PX)
+    chunks = -(-columns // 8)
+    kept = []
+    for number, (mask, whole) in enumerate(
+        zip(few.row["keep_masks"], every.row["keep_masks"], strict=True)
+    ):
+        for index in mask_indices(whole).tolist():
+            place = (number % chunks * 8 + index % 8, number // chunks * 8 + index // 8)
+            kept.append(bool(mask >> index & 1))
+            assert kept[-1] == (per_tile[place] >= 2), place
+    assert 0 < sum(kept) == few.row["num_tiles"] < len(kept)
+    assert len(few.tile_focus) == few.row["num_tiles"]
+
+
+def test_a_slide_without_a_tile_of_enough_nuclei_is_quarantined(entries, tmp_path) -> None:
+    indexed = SlideIndexer(replace(SETTINGS, min_nuclei=1000), tmp_path)(entries[0])
+    assert indexed.row["status"] == "no_nuclei"
+    assert "1000" in indexed.quarantine[0]["message"]
 
 
 def make_bad(kind: str, source: Path, folder: Path) -> Path:

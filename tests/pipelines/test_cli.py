@@ -133,6 +133,13 @@ def test_manifest_that_is_not_there(refused, tmp_path) -> None:
     assert f"no manifest at {tmp_path}/m.csv" in said
 
 
+def test_fewest_nuclei_without_a_detector(refused, tmp_path) -> None:
+    flags = ["index", "--manifest", tmp_path / "m.csv", "--out", tmp_path / "o"]
+    said = refused(*flags, "--min-nuclei", 2, "--detector", "none", "--keep-share", 2)
+    assert "--min-nuclei needs nuclei: choose a --detector other than none" in said
+    assert "--keep-share must be from 0 to 1, not 2" in said
+
+
 def test_unknown_detector(refused, tmp_path) -> None:
     path = manifest(tmp_path, GOOD)
     said = refused("index", "--manifest", path, "--out", tmp_path / "o", "--detector", "clasical")
