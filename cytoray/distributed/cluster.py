@@ -44,7 +44,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, preload:
             caller goes on, and not when the first work reaches them.
 
     Raises:
-        InputError: no cluster answers at `address`.
+        InputError: no cluster answers at `address`, or Ray does not start here.
     """
     if ray.is_initialized():
         return
@@ -69,7 +69,15 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, preload:
         if preload:
             os.environ.setdefault("RAY_preload_python_modules", preload)
         cpus = num_cpus or int(os.environ.get("CYTORAY_NUM_CPUS", "0")) or _usable_cores()
-        ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
+        try:
+            ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
+        except Exception as error:  # Ray raises no class of its own here
+            if "timed out during startup" not in str(error):
+                raise
+            raise InputError(
+                "Ray did not start within its 30 s: this machine is too busy; run the command "
+                "again when it is less so, or give the --address of a running cluster"
+            ) from None
 
 
 def check_reachable(address: str) -> None:

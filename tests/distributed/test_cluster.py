@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from cytoray.distributed.cluster import (
@@ -92,3 +95,32 @@ def test_a_shared_value_is_put_once_and_looked_at_anywhere(ray_cluster) -> None:
 
     assert ray.get([total.remote(shared), total.remote(shared)]) == [10, 10]
     assert shared.get()["numbers"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.drill
+def test_a_ray_that_does_not_start_is_one_message() -> None:
+    """Its node is stopped as soon as it is born: as on a machine too busy to start it in time."""
+    code = (
+        "from cytoray.distributed.cluster import connect\n"
+        "from cytoray.errors import InputError\n"
+        "try:\n    connect(num_cpus=1)\n"
+        "except InputError as error:\n    print('refused:', error)"
+    )
+    caller = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    frozen: list[psutil.Process] = []
+    try:
+        me = psutil.Process(caller.pid)
+        while not frozen and caller.poll() is None:
+            frozen = [p for p in me.children(recursive=True) if p.name() == "raylet"]
+            for process in frozen:
+                process.suspend()
+        said, _ = caller.communicate(timeout=120)
+    finally:
+        for process in frozen:
+            if process.is_running():
+                process.kill()
+        caller.kill()
+    assert frozen
+    assert said.startswith("refused: Ray did not start within its 30 s: this machine is too busy")
