@@ -75,6 +75,8 @@ def _costs(config: Pretrain, ssl: PretrainConfig, use_gpu: bool) -> dict[str, An
 def pictures(config: Pretrain, plan: ReadPlan, encoder: Path) -> dict[str, bytes]:
     """Some tiles as the model sees them, and where its encoder looks.
 
+    Cellpose would take minutes here, without a GPU: where it alone knows the nuclei, no views.
+
     Args:
         config: of the run.
         plan: what was read.
@@ -82,8 +84,9 @@ def pictures(config: Pretrain, plan: ReadPlan, encoder: Path) -> dict[str, bytes
     """
     crops = config.ssl.crops
     nuclei_dir = config.index / "nuclei" if has_nuclei_table(config.index) else None
-    found = {
-        "views": example_views(
+    found: dict[str, bytes | None] = {}
+    if nuclei_dir is not None or not config.perturb.enabled or config.detector != "cellpose":
+        found["views"] = example_views(
             plan,
             nuclei_dir,
             crop_policy(config.ssl),
@@ -92,9 +95,8 @@ def pictures(config: Pretrain, plan: ReadPlan, encoder: Path) -> dict[str, bytes
             global_px=crops.global_px,
             local_px=crops.local_px,
             seed=config.ssl.seed,
-        ),
-        "attention": example_attention(plan, nuclei_dir, encoder, seed=config.ssl.seed),
-    }
+        )
+    found["attention"] = example_attention(plan, nuclei_dir, encoder, seed=config.ssl.seed)
     return {name: image for name, image in found.items() if image is not None}
 
 

@@ -182,19 +182,18 @@ class SlideIndexer:
         Raises:
             SlideError: nothing is left to use.
         """
-        kept = chunks.num_kept
-        if not kept and chunks.out_of_focus:
+        if not chunks.num_kept and chunks.out_of_focus:
             raise SlideError("out_of_focus", "not one tile with cells is in focus (min_focus)")
-        if not kept:
+        if not chunks.num_kept:
             raise SlideError("decode_error", "not one tile with cells could be decoded")
         if self.detect and not len(nuclei):
             raise SlideError("no_nuclei", "there is foreground, but not one nucleus was found")
         least = self.settings.min_nuclei
         if self.detect and least:
             chunks.keep_with_nuclei(nuclei, least, (scale.mpp_x, scale.mpp_y))
-        if not chunks.num_kept:
-            reason = f"no tile has as many as {least} of the slide's {len(nuclei):,} nuclei"
-            raise SlideError("no_nuclei", f"{reason} (min_nuclei)")
+            if not chunks.num_kept:
+                reason = f"no tile has as many as {least} of the slide's {len(nuclei):,} nuclei"
+                raise SlideError("no_nuclei", f"{reason} (min_nuclei)")
         return {
             "status": STATUS_OK,
             "keep_masks": chunks.keep,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class PerturbConfig:
             mpp: um per pixel of the tile.
         """
         if not self.enabled:
-            policy = replace(policy, centre="random")
+            policy = _anywhere(policy)
         return nuclei_centred_views(
             tile,
             nuclei_xy_px,
@@ -66,3 +67,8 @@ class PerturbConfig:
             retain_fraction=self.retain_fraction,
             perturbed=self.enabled and self.shuffle,
         )
+
+
+@lru_cache(maxsize=64)
+def _anywhere(policy: CropPolicy) -> CropPolicy:
+    return replace(policy, centre="random")

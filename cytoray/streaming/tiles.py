@@ -103,9 +103,8 @@ class TileReader:
             Columns, one row a tile: `pixels` uint8 (n, S, S, 3); `views` float32 (n, V, P), see
             `cytoray.perturb.VIEW_PARAMS`; `tile_id` and `error` str (empty when the tile could be
             read); `num_nuclei` int32, -1 where nobody looked; `cached` bool, whether it came from
-            the tile cache;
-            `read_s`, `detect_s`, `perturb_s` float32, seconds spent on the tile. n is what the
-            plan says, always: a tile that cannot be read has its error.
+            the tile cache; `read_s`, `detect_s`, `perturb_s` float32, seconds spent on the tile.
+            n is what the plan says, always: a tile that cannot be read has its error.
         """
         epochs, chunks = self.order.chunks(np.array([position]))
         epoch, chunk = int(epochs[0]), int(chunks[0])
@@ -181,7 +180,7 @@ class TileReader:
             "error": error,
             "pixels": np.zeros((size, size, 3), np.uint8),
             "views": np.zeros((self.config.policy.num_views, NUM_VIEW_PARAMS), np.float32),
-            "num_nuclei": 0,
+            "num_nuclei": -1,
             "perturb_s": 0.0,
         }
 
