@@ -8,7 +8,6 @@ groups, D width, H heads, d width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -17,6 +16,8 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from cytoray.compilation import compiled
 
 Sizes = tuple[tuple[int, int], ...]  # (crops n, tokens T) of each group, in their order
 Kept = Sequence[tuple[Tensor, float]]  # crops of each group a branch sees, and its factor
@@ -54,17 +55,16 @@ def residual(
     Returns:
         float (N, D) or (M, D).
     """
+    if backend is None:
+        return _residual(block, x, sizes, kept, wanted)
+    if wanted is not None:  # as many rows as patches are masked, other at each step
+        torch._dynamo.maybe_mark_dynamic(wanted, 0)
     # How many crops a branch keeps changes with the step; without drop path there are as many
     # shapes as sizes of crops, and code of fixed shape is faster.
-    run = _residual if backend is None else _compiled(backend, kept is not None)
-    return run(block, x, sizes, kept, wanted)
-
-
-@lru_cache
-def _compiled(backend: str, dynamic: bool) -> Callable[..., Tensor]:
     # One function for all blocks: they differ in parameters only, so that the code made for the
     # first serves the others.
-    return torch.compile(_residual, backend=backend, dynamic=dynamic)
+    run = compiled(_residual, backend, dynamic=kept is not None)
+    return run(block, x, sizes, kept, wanted)
 
 
 def _residual(

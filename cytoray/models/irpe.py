@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +100,15 @@ def _cached_small(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def cached_buckets(
-    grid: Grid, num_prefix: int, device: torch.device, *, small: bool = False
-) -> Tensor:
-    """`bucket_index` of a grid on `device`, made once; `small`: uint8, as the kernels read it."""
-    made = _cached_small if small else _cached_buckets
-    return made(grid, num_prefix, device)
+def cached_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
+    """`bucket_index` of a grid on `device`, made once."""
+    return _cached_buckets(grid, num_prefix, device)
+
+
+@torch.compiler.assume_constant_result
+def small_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
+    """`cached_buckets` as the kernels read them, uint8."""
+    return _cached_small(grid, num_prefix, device)
 
 
 @torch.compiler.assume_constant_result
@@ -123,6 +126,21 @@ def pair_maps(grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dt
         bucket are then matrix products, which need no atomic additions and are repeatable.
     """
     return _cached_maps(grid, num_prefix, device, None if device.type == "cpu" else dtype)
+
+
+class PairBuckets(NamedTuple):
+    """The buckets of a grid in every form: int64 and uint8 (N, N), and `pair_maps`."""
+
+    index: Tensor
+    small: Tensor
+    maps: Tensor
+
+
+def _pair_buckets(
+    grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype
+) -> PairBuckets:
+    where = (grid, num_prefix, device)
+    return PairBuckets(cached_buckets(*where), small_buckets(*where), pair_maps(*where, dtype))
 
 
 def gather_maps(index: Tensor) -> Tensor:
@@ -192,11 +210,28 @@ class PatchGrids:
         self.num_prefix = num_prefix
         self._known: dict[int, tuple[Grid, ...]] = {}
         self._trained: dict[int, tuple[Grid, ...]] = {}
+        self._buckets: dict[tuple[Grid, torch.device, torch.dtype], PairBuckets] = {}
 
     def __call__(self, patch_embed: Any, args: tuple[Any, ...]) -> None:
         """Note the grid of the images that are about to be embedded."""
         height, width = patch_embed.dynamic_feat_size(tuple(args[0].shape[-2:]))
-        self.note([(int(height), int(width))], in_training=patch_embed.training)
+        grid = (int(height), int(width))
+        self.note([grid], in_training=patch_embed.training)
+        images = args[0]
+        kind = images.device.type
+        for dtype in {images.dtype, torch.get_autocast_dtype(kind)}:
+            key = (grid, images.device, dtype)
+            if key not in self._buckets:
+                self._buckets[key] = _pair_buckets(grid, self.num_prefix, images.device, dtype)
+
+    def buckets(self, grid: Grid, device: torch.device, dtype: torch.dtype) -> PairBuckets:
+        """The buckets of a grid, for queries of type `dtype`.
+
+        Compiled code takes those made by `__call__` as inputs. Others become constants of it, of
+        which it can hold those of one grid.
+        """
+        made = self._buckets.get((grid, device, dtype))
+        return _pair_buckets(grid, self.num_prefix, device, dtype) if made is None else made
 
     def tokens_of(self, grid: Grid) -> int:
         """Tokens of one crop, prefix included."""

@@ -16,7 +16,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
-from cytoray.models.irpe import NUM_BUCKETS, Grid, PatchGrids, cached_buckets, pair_maps
+from cytoray.models.irpe import NUM_BUCKETS, Grid, PatchGrids
 from cytoray.models.sr_attention import fast_sr_attention, sr_attention
 from cytoray.models.sr_ops import kernels_serve
 
@@ -189,20 +189,14 @@ class SRAttention(nn.Module):
     ) -> Tensor:
         top_h = self.config.top_h if self.config.sparse else None
         tables = (self.rel_k, self.rel_q, self.rel_v)
-        prefix = self.grids.num_prefix
-        positions = grid if self.config.irpe else None
         plain = mask is not None or self.config.form == "plain"
         kernels = not plain and self.config.form == "auto" and kernels_serve(v)
-        buckets, maps = None, None
-        if positions is not None:
-            buckets = cached_buckets(positions, prefix, q.device, small=kernels)
+        index, small, maps = None, None, None
+        if grid is not None and self.config.irpe:
+            index, small, maps = self.grids.buckets(grid, q.device, q.dtype)
         if plain:
-            return sr_attention(q, k, v, *tables, buckets, top_h, self.scale, mask)
-        if positions is not None:
-            maps = pair_maps(positions, prefix, q.device, q.dtype)
-        return fast_sr_attention(
-            q, k, v, *tables, buckets, maps, top_h, self.scale, kernels=kernels
-        )
+            return sr_attention(q, k, v, *tables, index, top_h, self.scale, mask)
+        return fast_sr_attention(q, k, v, *tables, small, maps, top_h, self.scale, kernels=kernels)
 
 
 def use_sr(

@@ -70,6 +70,9 @@ class SelfDistillation(Method):
         settings: losses and masks; an `ibot_weight` of 0 makes no masks.
         drop_path: share of rows that the student's residual branches skip.
         seed: of masks and drop path.
+
+    Attributes:
+        compile_backend: compile the losses with this backend of `torch.compile`; None: do not.
     """
 
     student: DINONetwork
@@ -89,6 +92,7 @@ class SelfDistillation(Method):
         self.teacher = momentum_copy(network)
         self.settings = settings
         self.entropy_bound = math.log(out_dim)
+        self.compile_backend: str | None = None
         rules = ChoiceRules(
             seed=seed,
             depth=network.backbone.depth,
@@ -219,6 +223,7 @@ class SelfDistillation(Method):
             student_temp=s.student_temp,
             global_batch=total,
             overwrite=True,
+            compile_backend=self.compile_backend,
         )
         if known.masked is not None and patch_logits is not None and targets.patches is not None:
             parts["ibot"] = ibot_loss(
@@ -228,6 +233,7 @@ class SelfDistillation(Method):
                 student_temp=s.student_temp,
                 global_crops=total * cls.shape[1],
                 overwrite=True,
+                compile_backend=self.compile_backend,
             )
         if known.koleo is not None:
             parts["koleo"] = (cls.float() * known.koleo.slope).sum()  # has KoLeo's gradient

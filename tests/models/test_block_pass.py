@@ -120,21 +120,36 @@ def test_compiled_blocks_are_the_blocks(name, pack):
     assert not any("_orig_mod" in key for key in backbone.state_dict())
 
 
-@pytest.mark.parametrize(("dropping", "times"), [(False, 2), (True, 1)])
-def test_blocks_share_one_code_for_each_crop_size(monkeypatch, dropping, times):
+@pytest.mark.parametrize(
+    ("name", "pack", "dropping"),
+    [
+        ("plain", False, False),
+        ("plain", True, True),
+        ("sparse", True, False),
+        ("sparse", False, True),
+    ],
+)
+def test_no_block_or_step_is_compiled_anew(monkeypatch, name, pack, dropping):
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block_pass._residual, backend=counter, dynamic=dropping)
     monkeypatch.setattr(block_pass, "_compiled", lambda backend, dynamic: compiled)
     torch.manual_seed(0)
-    backbone = build_backbone("vit_tiny_patch16_224", img_px=64, kwargs=TINY | {"depth": 4})
-    backbone.compile_backend = "counted"
-    images = [torch.randn(4, 3, 64, 64), torch.randn(6, 3, 32, 32)]
-    for step in range(3):  # ranks keep another number of rows at each step
-        rows = torch.arange(3 + step % 2)
+    options = {"name": "vit_tiny_patch16_224"} | BACKBONES[name]
+    backbone = build_backbone(**options, img_px=64, kwargs=TINY | {"depth": 4})
+    backbone.compile_backend, backbone.pack = "counted", pack
+    images = [torch.randn(8, 3, 64, 64), torch.randn(12, 3, 32, 32)]
+    counts = []
+    for step in range(8):  # at each step another number of rows is kept, and of patches asked for
+        rows = torch.arange(4 + step % 3)
         drop = DropRows([(rows, rows[1:])] * 4, 1.5) if dropping else None
-        backbone.encode([CropGroup(x, drop=drop) for x in images])
-    assert counter.frame_count == times
+        asked = [torch.arange(9 + step), torch.empty(0, dtype=torch.int64)]
+        groups = [CropGroup(x, drop=drop, patches=p) for x, p in zip(images, asked, strict=True)]
+        sum(tokens.cls.sum() for tokens in backbone.encode(groups)).backward()
+        counts.append(counter.frame_count)
+    assert counts[2] == counts[-1]
+    if not dropping:  # code of each crop size or of all, and the same for patches asked for
+        assert counts[-1] == (2 if pack else 4)
 
 
 def test_attention_in_its_parts_is_the_fused_one_to_the_precision_of_bf16() -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from cytoray.models.irpe import NUM_BUCKETS, bucket_index, gather_maps, one_hot_maps
 from cytoray.models.sr_attention import fast_sr_attention, sr_attention
-from cytoray.models.sr_ops import row_threshold
+from cytoray.models.sr_ops import attend, row_threshold
 
 GRID, PREFIX, HEADS, WIDTH = (3, 4), 2, 2, 8
 TOKENS = PREFIX + GRID[0] * GRID[1]
@@ -161,3 +161,18 @@ def test_diverged_values_are_not_hidden(bad):
     out = fast_sr_attention(*qkv, *tables, None, maps, 4, SCALE)
     assert not out[0, 0].isfinite().all()
     assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "gathered", "none", "per head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_an_operation_it_keeps_the_rules(kind, dtype):
+    """Shapes, strides and gradients told to `torch.compile` are those found, nothing is aliased."""
+    qkv, tables = _inputs(dtype, per_head=kind == "per head")
+    qkv = [
+        x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in qkv
+    ]  # as timm lays them
+    qkv = [x.requires_grad_() for x in qkv]
+    index = bucket_index(*GRID, PREFIX)
+    maps = one_hot_maps(index, dtype) if kind == "one-hot" else gather_maps(index)
+    given = (None,) * 5 if kind == "none" else (*tables, index.to(torch.uint8), maps)
+    torch.library.opcheck(attend, (*qkv, *given, 4, SCALE, False))

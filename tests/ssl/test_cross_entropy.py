@@ -6,6 +6,8 @@ import torch
 from cytoray.ssl.losses import cross_entropy
 from cytoray.ssl.losses import soft_cross_entropy as fused
 
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
 
 def plain(logits, targets, weights, temp, mass):
     """The definition, in double precision."""
@@ -42,11 +44,46 @@ def test_loss_and_gradient_are_those_of_the_definition(
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_half_precision_logits_get_gradients_of_their_own_kind(overwrite) -> None:
+def test_compiled_loss_is_the_definition(overwrite, backend) -> None:
+    for n, v, shared, mass in ((1, 1, False, 1.0), (5, 3, True, 2.0), (7, 3, True, 2.0)):
+        logits, targets, weights = make(n, v, shared, mass=mass)
+        expected = plain(logits, targets.expand(n, v, -1), weights, 0.1, mass)
+        (wanted,) = torch.autograd.grad(3.0 * expected, logits)
+        with torch.no_grad():
+            alone = fused(logits, targets, weights, temp=0.1, mass=mass, compile_backend=backend)
+        before = logits.detach().clone()
+        loss = fused(
+            logits,
+            targets,
+            weights,
+            temp=0.1,
+            mass=mass,
+            overwrite=overwrite,
+            compile_backend=backend,
+        )
+        (3.0 * loss).backward()
+        assert torch.equal(logits.detach(), before) != overwrite
+        for found in (alone, loss):
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(logits.grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_loss_of_nothing_is_zero() -> None:
+    logits, targets, weights = make(0, 1, False)
+    loss = fused(logits, targets, weights, temp=0.1, compile_backend="aot_eager")
+    loss.backward()
+    assert float(loss) == 0.0
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_half_precision_logits_get_gradients_of_their_own_kind(overwrite, backend) -> None:
     logits, targets, weights = make(4, 2, True, dtype=torch.bfloat16)
     exact = logits.detach().double().requires_grad_(True)
-    fused(logits, targets, weights, temp=0.1, overwrite=overwrite).backward()
+    options = {"overwrite": overwrite, "compile_backend": backend}
+    fused(logits, targets, weights, temp=0.1, **options).backward()
     plain(exact, targets.expand(4, 2, -1), weights, 0.1, 1.0).backward()
     assert logits.grad is not None
     assert exact.grad is not None

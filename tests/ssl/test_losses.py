@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from cytoray.ssl.losses import (
+    TARGETS,
     MovingCentre,
+    build_targets,
     dino_loss,
     ibot_loss,
     koleo,
@@ -63,6 +65,27 @@ def test_dino_loss_and_centre_against_lightly():
             torch.autograd.grad(got, student)[0], wanted, atol=1e-6, rtol=1e-5
         )
     torch.testing.assert_close(centre.centre, reference.center.flatten(), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_compiled_targets_are_those_of_fp32(name, backend):
+    torch.manual_seed(0)
+    kept, made_anew = (build_targets(name, 16, centre_momentum=0.9) for _ in range(2))
+    made_anew.compile_backend = backend
+    torch._dynamo.reset()
+    codes = []
+    for rows, temp in ((5, 0.04), (8, 0.05), (0, 0.05), (9, 0.06), (7, 0.07)):
+        for dtype in (torch.float32, torch.bfloat16):
+            logits = torch.randn(rows, 16).to(dtype)
+            expected = kept(logits.float(), temp=temp)
+            got = made_anew(logits, temp=temp, overwrite=True)
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        codes.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert codes[-1] == codes[1]  # neither rows nor temperature ask for new code
+    for mine, reference in zip(made_anew.buffers(), kept.buffers(), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-6)
 
 
 def test_ibot_loss_against_lightly_and_loops():

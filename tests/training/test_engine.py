@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cytoray.training import (
     OptimConfig,
     PretrainConfig,
     PretrainEngine,
+    SRConfig,
     TrainingDiverged,
     TwoViewConfig,
     check_finite,
@@ -286,6 +288,25 @@ def test_nothing_in_a_step_waits_for_the_device(method, accumulate):
         assert waits.seen == []
         check_finite(metrics, 1)
     assert waits.seen  # reading a value is what the mode catches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("centering", "drop_path", "sr"),
+    [("centering", 0.0, SRConfig(sparse=True, irpe=True, top_h=4)), ("sinkhorn", 0.2, SRConfig())],
+)
+def test_compiled_steps_are_the_steps(centering, drop_path, sr):
+    config = _any_method("dinov2", pack_crops=True, loss=LossConfig(centering=centering))
+    config = replace(config, backbone=replace(config.backbone, drop_path=drop_path, sr=sr))
+    found = []
+    for compiled in (False, True):
+        engine = PretrainEngine(replace(config, compile=compiled), "cpu")
+        losses = [float(engine.step(_batch(step), step)["loss"]) for step in range(2)]
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        losses += [float(engine.step(_batch(step), step)["loss"]) for step in range(2, 6)]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        found.append(losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 With 65,536 prototypes the logits are by far the largest tensors of a step. Written with ordinary
 operations the loss makes a dozen more of their size; here the gradient is computed together with
-the loss, a few rows at a time, and is the only one.
+the loss and is the only one: a few rows at a time, or by compiled code that reads the logits twice.
 
 Shapes: n groups of v rows, K prototypes.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cytoray.compilation import compiled
 
 # Rows worked on at once on a CPU: what stays in its cache. A GPU is given all at once.
 _CPU_BLOCK_BYTES = 4 << 20
@@ -27,6 +29,7 @@ def soft_cross_entropy(
     temp: float,
     mass: float = 1.0,
     overwrite: bool = False,
+    compile_backend: str | None = None,
 ) -> Tensor:
     """sum_n w_n sum_v sum_k -t_nvk log softmax(s_nv / temp)_k.
 
@@ -38,11 +41,41 @@ def soft_cross_entropy(
         temp: temperature of the student.
         mass: what a row of targets sums to; above 1 it is the sum of several targets.
         overwrite: keep the gradient in the memory of `logits`, which nothing else may read after.
+        compile_backend: of `torch.compile`; None: compile nothing.
 
     Returns:
         float32 scalar. It can be differentiated once.
     """
-    return _SoftCrossEntropy.apply(logits, targets, weights, temp, mass, overwrite)  # type: ignore[no-any-return]
+    return _SoftCrossEntropy.apply(  # type: ignore[no-any-return]
+        logits, targets, weights, temp, mass, overwrite, compile_backend
+    )
+
+
+def _loss_and_slope(
+    logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in the type of the logits; for compilers."""
+    scaled = logits.float() / temp
+    log_sum = scaled.logsumexp(-1, keepdim=True)
+    hit = (scaled * targets).sum(-1, keepdim=True)
+    weight = weights[:, None, None]
+    loss = (weight * (mass * log_sum - hit)).sum()
+    slope = (mass * (scaled - log_sum).exp() - targets) * (weight / temp)
+    return loss, slope.to(logits.dtype)
+
+
+def _loss_alone(
+    logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+) -> Tensor:
+    return _loss_and_slope(logits, targets, weights, temp, mass)[0]
+
+
+def _slope_in_place(
+    logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+) -> Tensor:
+    loss, slope = _loss_and_slope(logits, targets, weights, temp, mass)
+    logits.copy_(slope)
+    return loss
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -55,9 +88,20 @@ class _SoftCrossEntropy(torch.autograd.Function):
         temp: float,
         mass: float,
         overwrite: bool,
+        compile_backend: str | None,
     ) -> Tensor:
         logits = logits.detach()
         gradient = None
+        if compile_backend is not None and len(logits):
+            what: Any = _loss_alone
+            if ctx.needs_input_grad[0]:
+                what = _slope_in_place if overwrite else _loss_and_slope
+            run = compiled(what, compile_backend, dynamic=True)
+            found = run(logits, targets, weights, temp, mass)
+            total, gradient = found if what is _loss_and_slope else (found, logits)
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward(gradient)
+            return total
         if ctx.needs_input_grad[0]:
             gradient = logits if overwrite else torch.empty_like(logits)
         total = logits.new_zeros((), dtype=torch.float32)
@@ -91,7 +135,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # In place: going backward a second time is an error of autograd's own, not a wrong result.
-        return gradient.mul_(upstream), *[None] * 5
+        return gradient.mul_(upstream), *[None] * 6
 
 
 def row_blocks(x: Tensor) -> list[slice]:

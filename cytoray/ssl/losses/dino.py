@@ -18,6 +18,7 @@ def dino_loss(
     student_temp: float,
     global_batch: int,
     overwrite: bool = False,
+    compile_backend: str | None = None,
 ) -> Tensor:
     """This rank's part of the DINO loss (Caron et al. 2021, eq. 3); the ranks' sum is the loss.
 
@@ -31,6 +32,7 @@ def dino_loss(
         student_temp: temperature of the student.
         global_batch: tiles over all ranks.
         overwrite: the logits are not read again and may be overwritten.
+        compile_backend: of `torch.compile`; None: compile nothing.
 
     Returns:
         float32 scalar.
@@ -51,6 +53,7 @@ def dino_loss(
             temp=student_temp,
             mass=num_global - 1,
             overwrite=overwrite,
+            compile_backend=compile_backend,
         )
     if student_local is not None and num_local:
         loss = loss + soft_cross_entropy(
@@ -60,5 +63,6 @@ def dino_loss(
             temp=student_temp,
             mass=num_global,
             overwrite=overwrite,
+            compile_backend=compile_backend,
         )
     return loss

@@ -15,6 +15,7 @@ def ibot_loss(
     student_temp: float,
     global_crops: int,
     overwrite: bool = False,
+    compile_backend: str | None = None,
 ) -> Tensor:
     """This rank's part of the masked patch loss; the sum over the ranks is the loss.
 
@@ -25,6 +26,7 @@ def ibot_loss(
         student_temp: temperature of the student.
         global_crops: all global crops of all ranks, masked or not.
         overwrite: the logits are not read again and may be overwritten.
+        compile_backend: of `torch.compile`; None: compile nothing.
 
     Returns:
         float32 scalar (0 when nothing is masked).
@@ -36,4 +38,5 @@ def ibot_loss(
         weights,
         temp=student_temp,
         overwrite=overwrite,
+        compile_backend=compile_backend,
     )
