@@ -21,6 +21,7 @@ from cytoray.models.architectures import create_model
 from cytoray.models.block_pass import Kept, Sizes, attach, join_groups
 from cytoray.models.drop_path import DropRows
 from cytoray.models.lora import add_lora, lora_layers, merge_lora
+from cytoray.models.position_table import add_positions
 from cytoray.models.sr_transformer import SRConfig, use_sr
 from cytoray.models.starting_weights import load_start
 
@@ -201,7 +202,7 @@ class ViTBackbone(nn.Module):
         x = cast(Tensor, self.vit.patch_embed(images))
         if mask is not None:
             x = torch.where(mask.view(*x.shape[:-1], 1), self.mask_token.to(x.dtype), x)
-        return self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(x)))
+        return self.vit.norm_pre(self.vit.patch_drop(add_positions(self.vit, x)))
 
     def _wanted(self, group: CropGroup, x: Tensor) -> Tensor | None:
         """Rows of a group that are asked for: class tokens, then the named patches."""

@@ -2,12 +2,13 @@
 
 With whole copies a rank holds weights, gradients, moments and the teacher, 20 bytes a parameter in
 fp32: 6 GB for ViT-L, 23 GB for ViT-g. Sharded, it holds its share of them, and a block's
-parameters are put together when the block is run. The numbers are the same either way.
+parameters are put together when the block is run. In fp32 the numbers are the same either way.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -71,7 +72,8 @@ def share_method(method: Method, sharding: str, *, device: torch.device, bf16: b
         return DistributedDataParallel(method, **options)
     if sharding == "fsdp":
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        # Activations keep their type: the residual stream is fp32 as without sharding.
+        # With bf16 the residual stream is bf16 too, as in DINOv2's own training; without sharding
+        # it is fp32, for positions are added in fp32.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32,
@@ -87,6 +89,8 @@ def _shard_network(network: nn.Module, **options: Any) -> None:
     """Shard each block, then what is left of the backbone, then each head."""
     # A teacher is never run backward, so nothing but this would drop its parameters after use.
     options["reshard_after_forward"] = True
+    # Tokens are views of one tensor; nothing writes into them, which is what PyTorch warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for child in network.children():
         vit = getattr(child, "vit", None)
         for block in () if vit is None else cast(Any, vit).blocks:

@@ -132,8 +132,8 @@ def test_compiled_blocks_are_the_blocks(name, pack):
 def test_no_block_or_step_is_compiled_anew(monkeypatch, name, pack, dropping):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(block_pass._residual, backend=counter, dynamic=dropping)
-    monkeypatch.setattr(block_pass, "_compiled", lambda backend, dynamic: compiled)
+    made = torch.compile(block_pass._residual, backend=counter, dynamic=dropping)
+    monkeypatch.setattr(block_pass, "compiled", lambda function, backend, dynamic: made)
     torch.manual_seed(0)
     options = {"name": "vit_tiny_patch16_224"} | BACKBONES[name]
     backbone = build_backbone(**options, img_px=64, kwargs=TINY | {"depth": 4})

@@ -253,17 +253,26 @@ def test_bf16_and_recomputed_blocks():
     assert low[1]["loss"] != exact[1]["loss"]
 
 
-class _Waits(TorchDispatchMode):
-    """Counts the operations that would make the host wait for a CUDA device."""
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+# Operations that PyTorch refuses on CUDA where all kernels are to be deterministic.
+UNREPEATABLE = (
+    "adaptive_avg_pool2d_backward", "avg_pool3d_backward", "bicubic2d_aa_backward",
+    "bicubic2d_backward", "bilinear2d_aa_backward", "bincount", "cumsum",
+    "grid_sampler_2d_backward",
+    "histc", "kthvalue", "median", "put_.", "reflection_pad", "replication_pad", "scatter_reduce",
+)  # fmt: skip
 
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
 
-    def __init__(self) -> None:
+class _Watch(TorchDispatchMode):
+    """Notes the operations of some names."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
+        self.names = names
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(name in str(func) for name in self.NAMES):
+        if any(name in str(func) for name in self.names):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -283,11 +292,43 @@ def test_nothing_in_a_step_waits_for_the_device(method, accumulate):
     if engine.config.crops.num_local:
         batch["local_crops"] = torch.randn(6, 2, 3, 32, 32)
     engine.step(batch, 0)
-    with _Waits() as waits:
+    with _Watch(WAITING) as waits:
         metrics = engine.step(batch, 1)
         assert waits.seen == []
         check_finite(metrics, 1)
     assert waits.seen  # reading a value is what the mode catches
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_step_can_be_deterministic_on_cuda(method):
+    engine = PretrainEngine(_any_method(method, pack_crops=True), "cpu")
+    batches = [_batch(step, num_local=engine.config.crops.num_local) for step in range(2)]
+    engine.step(batches[0], 0)  # fills caches
+    with _Watch(UNREPEATABLE) as watch:
+        engine.step(batches[1], 1)
+        assert watch.seen == []
+        torch.ones(2).cumsum(0)
+    assert watch.seen  # the names are those of the operations
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("sr", [SRConfig(), SRConfig(sparse=True, irpe=True, top_h=4)])
+def test_cuda_repeats_a_deterministic_run(monkeypatch, sr):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    config = _config()
+    config = replace(config, backbone=replace(config.backbone, sr=sr))
+    torch.use_deterministic_algorithms(True)
+    try:
+        states = []
+        for _ in range(2):
+            engine = PretrainEngine(config, "cuda")
+            for step in range(4):
+                engine.step(_batch(step), step)
+            states.append(engine.state_dict()["model"])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    _assert_same(*states)
 
 
 @pytest.mark.slow

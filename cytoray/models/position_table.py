@@ -1,0 +1,76 @@
+"""Absolute position embeddings on crops of any size, resampled by a matrix product.
+
+Interpolation is linear in what it interpolates: its weights depend on the two grids alone. As a
+product its gradient needs no atomic additions, which on CUDA PyTorch refuses where every kernel is
+to be deterministic.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows and columns of patches
+
+
+@lru_cache(maxsize=64)
+def _weights(old: Grid, new: Grid, device: torch.device) -> Tensor:
+    """float32 (new patches, old patches): timm's bicubic interpolation with antialiasing."""
+    count = old[0] * old[1]
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        each = torch.eye(count).view(1, count, *old)
+        made = F.interpolate(each, size=new, mode="bicubic", antialias=True)
+        return made.view(count, -1).mT.contiguous().to(device)
+
+
+def resample_positions(table: Tensor, old: Grid, new: Grid, num_prefix: int) -> Tensor:
+    """A position table for another grid, as timm's `resample_abs_pos_embed` makes it.
+
+    Args:
+        table: float (1, num_prefix + old patches, D).
+        old: its grid.
+        new: the grid wanted.
+        num_prefix: rows in front that stand for no patch.
+
+    Returns:
+        (1, num_prefix + new patches, D), of the table's type.
+    """
+    if old == new:
+        return table
+    prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
+    with torch.autocast(table.device.type, enabled=False):
+        made = _weights(old, new, table.device) @ patches[0].float()
+    return torch.cat([prefix, made.to(table.dtype).unsqueeze(0)], dim=1)
+
+
+def add_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """timm's `_pos_embed`: class and register tokens put in front, positions added.
+
+    A model with a way of its own is given to that.
+
+    Args:
+        vit: the model.
+        x: float (B, H, W, D), embedded patches.
+
+    Returns:
+        (B, T, D).
+    """
+    own_way = type(vit)._pos_embed is not VisionTransformer._pos_embed
+    if own_way or vit.pos_embed is None or not vit.dynamic_img_size:
+        return cast(Tensor, vit._pos_embed(x))
+    count, height, width, _ = x.shape
+    num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    old = cast(Grid, tuple(vit.patch_embed.grid_size))  # type: ignore[arg-type]
+    table = resample_positions(vit.pos_embed, old, (height, width), num_prefix)
+    tokens = [t.expand(count, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+    x = x.flatten(1, 2)
+    if vit.no_embed_class:
+        x = torch.cat([*tokens, x + table], dim=1)
+    else:
+        x = torch.cat([*tokens, x], dim=1) + table
+    return cast(Tensor, vit.pos_drop(x))
