@@ -29,6 +29,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from cytoray.compilation import allow_many_codes
 from cytoray.models.sr_transformer import use_sr
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -59,6 +60,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def forms_of(vit: nn.Module, names: list[str], *, compiled: bool) -> dict[str, nn.Module]:
     """A ViT in every form, with the same weights."""
+    if compiled:
+        allow_many_codes()
     forms = {name: use_sr(copy.deepcopy(vit), **FORMS[name]) for name in names}
     for form in forms.values():
         for block in cast(Any, form).blocks if compiled else ():
