@@ -141,7 +141,8 @@ class PretrainConfig:
         pack_crops: run global and local crops through the blocks together; None: on CUDA, where a
             step is then half as many kernels. A CPU gains nothing by larger matrices and pays for
             joining and splitting.
-        compile: `torch.compile` each block; None: on CUDA with Triton and a C compiler.
+        compile: `torch.compile` each block and the losses; None: on CUDA with Triton and a C
+            compiler.
         checkpoint_blocks: recompute the blocks in the backward pass, to fit a small device.
         seed: of the initial weights, masks and drop path; none depends on the worker count.
 

@@ -175,7 +175,7 @@ values = torch.empty(1, int(sys.argv[2]), 64, dtype=dtype, device="meta")
 options = sr_kernels._options(values, torch.empty(1, values.shape[1], 50, device="meta"))
 warps = options.pop("num_warps")
 for kernel in (sr_kernels._attend_kernel, sr_kernels._slope_kernel):
-    fixed = options | ({"SPARSE": True} if "SPARSE" in kernel.arg_names else {})
+    fixed = options | ({"SPARSE": True, "BY_VALUE": 16} if "SPARSE" in kernel.arg_names else {})
     numbers = ("tokens", "width", "weights_stride", "top_h")
     signature = {
         name: "constexpr" if name in fixed else "i32" if name in numbers
