@@ -218,11 +218,12 @@ class PatchGrids:
         grid = (int(height), int(width))
         self.note([grid], in_training=patch_embed.training)
         images = args[0]
-        kind = images.device.type
-        for dtype in {images.dtype, torch.get_autocast_dtype(kind)}:
-            key = (grid, images.device, dtype)
-            if key not in self._buckets:
-                self._buckets[key] = _pair_buckets(grid, self.num_prefix, images.device, dtype)
+        kind, dtype = images.device.type, images.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        key = (grid, images.device, dtype)
+        if key not in self._buckets:
+            self._buckets[key] = _pair_buckets(grid, self.num_prefix, images.device, dtype)
 
     def buckets(self, grid: Grid, device: torch.device, dtype: torch.dtype) -> PairBuckets:
         """The buckets of a grid, for queries of type `dtype`.
