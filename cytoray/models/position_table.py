@@ -7,6 +7,7 @@ to be deterministic.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import cast
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -22,8 +24,9 @@ Grid = tuple[int, int]  # rows and columns of patches
 def _weights(old: Grid, new: Grid, device: torch.device) -> Tensor:
     """float32 (new patches, old patches): timm's bicubic interpolation with antialiasing."""
     count = old[0] * old[1]
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        each = torch.eye(count).view(1, count, *old)
+    # Real numbers, also when a model is run without any to count what it costs.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        each = torch.eye(count, device="cpu").view(1, count, *old)
         made = F.interpolate(each, size=new, mode="bicubic", antialias=True)
         return made.view(count, -1).mT.contiguous().to(device)
 
@@ -43,7 +46,8 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, num_prefix: int) -> 
     if old == new:
         return table
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
-    with torch.autocast(table.device.type, enabled=False):
+    exactly = nullcontext() if table.is_meta else torch.autocast(table.device.type, enabled=False)
+    with exactly:
         made = _weights(old, new, table.device) @ patches[0].float()
     return torch.cat([prefix, made.to(table.dtype).unsqueeze(0)], dim=1)
 

@@ -4,8 +4,10 @@ import pytest
 import timm
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cytoray.models import position_table
 from cytoray.models.position_table import add_positions, resample_positions
 
 
@@ -44,6 +46,16 @@ def test_tokens_are_timms(name, options):
     for side in (vit.patch_embed.grid_size[0], 3):
         x = torch.randn(2, side, side, vit.embed_dim)
         torch.testing.assert_close(add_positions(vit, x), vit._pos_embed(x), atol=1e-6, rtol=1e-5)
+
+
+def test_weights_are_real_whoever_asks_first():
+    table = torch.randn(1, 26, 4)
+    position_table._weights.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert resample_positions(mode.from_tensor(table), (5, 5), (2, 3), 1).shape == (1, 7, 4)
+    assert resample_positions(table.to("meta"), (5, 5), (2, 3), 1).shape == (1, 7, 4)
+    got = resample_positions(table, (5, 5), (2, 3), 1)
+    torch.testing.assert_close(got, resample_abs_pos_embed(table, (2, 3), (5, 5), 1))
 
 
 class _Interpolations(TorchDispatchMode):
