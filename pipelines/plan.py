@@ -60,6 +60,8 @@ class Config:
         mpp: um/px of the tiles; an index has its own.
         detector: nuclei detector.
         keep_share: a tile is kept when at least this share of it is foreground.
+        min_focus: tiles less sharp than this (0..1) are left out, as by `cytoray index`.
+        min_nuclei: tiles with fewer nuclei are left out, as by `cytoray index`.
         trust_manifest_mpp: let the manifest's mpp overrule a file that contradicts it.
         gpu_tiles_per_s: tiles a second of one GPU, from a run or a benchmark.
         measure_step: measure that on this machine's device, a few steps long.
@@ -85,6 +87,8 @@ class Config:
     mpp: float = 0.5
     detector: str = "classical"
     keep_share: float = 0.02
+    min_focus: float = 0.0
+    min_nuclei: int = 0
     trust_manifest_mpp: bool = False
     gpu_tiles_per_s: float | None = None
     measure_step: bool = False
@@ -97,6 +101,14 @@ class Config:
         problems = _range_problems(self)
         if self.manifest is None and (self.index is None or self.job == "index"):
             problems.append("give --manifest" + ("" if self.job == "index" else " or --index"))
+        leaves_out = self.min_nuclei > 0 or self.min_focus > 0
+        if leaves_out and self.index is not None and self.job != "index":
+            problems.append(
+                "--min-nuclei and --min-focus: an index has left its tiles out already; give "
+                "--manifest without --index to try others"
+            )
+        if self.min_nuclei > 0 and self.detector == "none":
+            problems.append("--min-nuclei needs nuclei: choose a --detector other than none")
         if self.detector not in DETECTORS:
             problems.append(
                 f"unknown detector {self.detector!r}; valid: {', '.join(sorted(DETECTORS))}"
@@ -127,6 +139,7 @@ def _range_problems(config: Config) -> list[str]:
         "measure-steps": (config.measure_steps, 1),
         "batch-size": (config.batch_size, 1),
         "steps": (config.steps, 1),
+        "min-nuclei": (config.min_nuclei, 0),
     }
     above_zero = {"epochs": config.epochs, "gpu-tiles-per-s": config.gpu_tiles_per_s}
     return [
@@ -134,6 +147,8 @@ def _range_problems(config: Config) -> list[str]:
           if v is not None and v < n),
         *(f"--{k} must be above 0, not {v:g}" for k, v in above_zero.items()
           if v is not None and v <= 0),
+        *([f"--min-focus must be from 0 to below 1, not {config.min_focus:g}"]
+          if not 0 <= config.min_focus < 1 else []),
     ]  # fmt: skip
 
 
@@ -145,10 +160,13 @@ def run(config: Config) -> dict[str, Any]:
     rows, work, grid = _slides(config, training)
     needs_nuclei = config.job != "pretrain" or training.perturb.enabled
     detects = config.job == "index" or (needs_nuclei and not work.has_nuclei)
+    detects = detects or config.min_nuclei > 0  # an index that leaves tiles out has looked for them
     settings = MeasureSettings(
         grid=grid,
         detector=config.detector if detects else "none",
         keep_share=config.keep_share,
+        min_focus=config.min_focus,
+        min_nuclei=config.min_nuclei,
         trust_manifest_mpp=config.trust_manifest_mpp,
         chunks_per_slide=config.chunks_per_slide,
         policy=crop_policy(training.ssl) if config.job == "pretrain" else None,

@@ -32,6 +32,7 @@ from cytoray.slides import (
     resolve_mpp,
     slide_foreground,
 )
+from cytoray.slides.focus import chunk_focus
 from cytoray.streaming.chunk_nuclei import chunk_core_px, detect_in_chunk, halo_px, to_tile_frame
 
 
@@ -43,6 +44,8 @@ class MeasureSettings:
         grid: tile size and mpp.
         detector: name of the nuclei detector; `none`: no detection.
         keep_share: a tile is kept when at least this share of it is foreground.
+        min_focus: tiles less sharp than this are left out.
+        min_nuclei: tiles with fewer nuclei are left out.
         trust_manifest_mpp: let the manifest overrule a file that contradicts it.
         chunks_per_slide: chunks read of each slide.
         policy: crops and augmentations; None: tiles are not perturbed.
@@ -53,6 +56,8 @@ class MeasureSettings:
     grid: Grid
     detector: str = "classical"
     keep_share: float = DEFAULT_KEEP_SHARE
+    min_focus: float = 0.0
+    min_nuclei: int = 0
     trust_manifest_mpp: bool = False
     chunks_per_slide: int = 3
     policy: CropPolicy | None = None
@@ -99,6 +104,7 @@ class SlideMeasure:
 class _Sums:
     tiles: int = 0
     bad: int = 0
+    used: int = 0
     nuclei: int = 0
     bytes: int = 0
     read_s: float = 0.0
@@ -145,11 +151,13 @@ def _measure(row: Mapping[str, Any], size: int, settings: MeasureSettings) -> Sl
         raise SlideError("decode_error", "not one tile with cells could be decoded")
     if whole and settings.detector != "none" and not sums.nuclei:
         raise SlideError("no_nuclei", "there is foreground, but not one nucleus was found")
+    if whole and not sums.used:
+        raise SlideError(*work.why_none)
     times = foreground.num_tiles / sums.tiles  # a ratio: chunks hold unequal numbers of tiles
     return SlideMeasure(
         slide_id=str(row["slide_id"]),
         file_bytes=size,
-        tiles=foreground.num_tiles - sums.bad * times,
+        tiles=sums.used * times,
         chunks=float(len(kept)),
         nuclei=sums.nuclei * times,
         bad_tiles=sums.bad * times,
@@ -170,6 +178,7 @@ class _ChunkWork:
     ) -> None:
         self.settings, self.scale, self.layout, self.reader = settings, scale, layout, reader
         self.detect = None if settings.detector == "none" else build_detector(settings.detector)
+        self.why_none = ("out_of_focus", "not one tile with cells is in focus (min_focus)")
 
     def __call__(self, chunk_index: int, tiles: list[int], sums: _Sums) -> None:
         grid, place = self.settings.grid, self.layout.chunk_at(chunk_index)
@@ -184,10 +193,40 @@ class _ChunkWork:
         nuclei = self._nuclei(chunk)
         sums.detect_s += time.process_time() - began
         sums.nuclei += len(nuclei)
+        used = self._used(chunk, good, place, nuclei)
+        sums.used += len(used)
         began = time.process_time()
         if self.settings.policy is not None:
-            self._perturb(chunk, good, place, nuclei, self.settings.policy)
+            for tile, xy in used.items():
+                self._perturb(chunk.tile(tile), xy, place, tile, self.settings.policy)
         sums.perturb_s += time.process_time() - began
+
+    def _used(
+        self, chunk: ChunkPixels, tiles: list[int], place: tuple[int, int], nuclei: np.ndarray
+    ) -> dict[int, np.ndarray]:
+        """Tiles that are sharp enough and hold enough nuclei, each with the nuclei in its frame."""
+        settings = self.settings
+        if settings.min_focus:
+            scores = chunk_focus(chunk, settings.grid.mpp)
+            tiles = [tile for tile in tiles if not scores[tile] < settings.min_focus]
+        within = {tile: self._nuclei_of(tile, place, nuclei) for tile in tiles}
+        if self.detect is None or not settings.min_nuclei:
+            return within
+        if tiles:
+            least = f"no tile has as many as {settings.min_nuclei} nuclei (min_nuclei)"
+            self.why_none = ("no_nuclei", least)
+        return {tile: xy for tile, xy in within.items() if len(xy) >= settings.min_nuclei}
+
+    def _nuclei_of(self, tile: int, place: tuple[int, int], nuclei: np.ndarray) -> np.ndarray:
+        grid, (x, y, _, _) = self.settings.grid, self.layout.tile_rect_px(*place, tile)
+        xy = to_tile_frame(
+            nuclei,
+            mpp=grid.mpp,
+            mpp_slide=(self.scale.mpp_x, self.scale.mpp_y),
+            tile_x_px=x,
+            tile_y_px=y,
+        )
+        return xy[np.all((xy >= 0) & (xy < grid.tile_px), axis=1)]
 
     def _nuclei(self, chunk: ChunkPixels) -> np.ndarray:
         if self.detect is None:
@@ -203,29 +242,15 @@ class _ChunkWork:
 
     def _perturb(
         self,
-        chunk: ChunkPixels,
-        tiles: list[int],
+        pixels: np.ndarray,
+        nuclei_xy: np.ndarray,
         place: tuple[int, int],
-        nuclei: np.ndarray,
+        tile: int,
         policy: CropPolicy,
     ) -> None:
-        settings, side = self.settings, self.settings.grid.tile_px
-        for tile in tiles:
-            x, y, _, _ = self.layout.tile_rect_px(*place, tile)
-            xy = to_tile_frame(
-                nuclei,
-                mpp=settings.grid.mpp,
-                mpp_slide=(self.scale.mpp_x, self.scale.mpp_y),
-                tile_x_px=x,
-                tile_y_px=y,
-            )
-            settings.perturb.views(
-                chunk.tile(tile),
-                xy[np.all((xy >= 0) & (xy < side), axis=1)],
-                policy,
-                tile_rng(settings.seed, 0, f"{place}:{tile}"),
-                mpp=settings.grid.mpp,
-            )
+        settings = self.settings
+        rng = tile_rng(settings.seed, 0, f"{place}:{tile}")
+        settings.perturb.views(pixels, nuclei_xy, policy, rng, mpp=settings.grid.mpp)
 
 
 def bytes_read() -> int:

@@ -81,15 +81,21 @@ def test_the_bound_is_printed_as_one_and_a_named_run_is_taken(cytoray, manifest)
 
 
 def test_all_that_cannot_be_planned_is_said_at_once(cytoray, manifest, tmp_path) -> None:
-    outcome = cytoray("plan", "--nodes", "4x16@1,1x8cpu+1xH900@2", "--sample", 0)
+    outcome = cytoray(
+        "plan", "--nodes", "4x16@1,1x8cpu+1xH900@2", "--sample", 0, "--min-focus", 1,
+        "--min-nuclei", 1, "--detector", "none",
+    )  # fmt: skip
     text = " ".join(outcome.err.replace("│", " ").split())
     assert outcome.code == 2
     for part in ("--sample must be 1 or more", "'4x16@1' is not of the form", "unknown GPU 'H900'",
-                 "give --manifest or --index"):  # fmt: skip
+                 "give --manifest or --index", "--min-focus must be from 0 to below 1",
+                 "--min-nuclei needs nuclei"):  # fmt: skip
         assert part in text
     outcome = cytoray("plan", "--manifest", manifest, "--nodes", "4x16cpu@1")
     assert outcome.code == 2
     assert "needs GPUs" in outcome.err
+    outcome = cytoray("plan", "--index", "here", "--nodes", NODES, "--min-nuclei", 1)
+    assert "an index has left its tiles out already" in " ".join(outcome.err.split())
     outcome = cytoray("plan", "--manifest", manifest, "--nodes", NODES, "--run", "unicorn")
     assert "unknown named run 'unicorn'" in outcome.err
 

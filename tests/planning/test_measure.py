@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cytoray.indexing import part_path, read_indexed
+from cytoray.indexing import IndexSettings, SlideIndexer, part_path, read_indexed
 from cytoray.perturb import CROP_POLICIES
 from cytoray.planning import MeasureSettings, measure_slide
 from cytoray.planning.measure import bytes_read
@@ -60,6 +60,29 @@ def test_a_damaged_tile_is_expected_to_be_lost(manifest, tmp_path) -> None:
     torn = measure_slide(entry, SETTINGS)
     assert torn.bad_tiles > 0
     assert torn.tiles + torn.bad_tiles == whole.tiles
+
+
+@pytest.mark.parametrize(
+    ("least", "problem"),
+    [
+        ({"min_nuclei": 2}, "no_nuclei"),
+        ({"min_nuclei": 1000}, "no_nuclei"),
+        ({"min_focus": 0.6}, "out_of_focus"),
+        ({"min_focus": 0.999}, "out_of_focus"),
+        ({"min_nuclei": 1, "min_focus": 0.6}, "no_nuclei"),
+    ],
+)
+def test_tiles_are_left_out_as_by_the_index(manifest, tmp_path, least, problem) -> None:
+    entry = read_manifest(manifest).rows.slice(0, 1).to_pylist()[0]
+    plain = IndexSettings(grid=SETTINGS.grid, keep_share=SETTINGS.keep_share)
+    indexed = SlideIndexer(replace(plain, **least), tmp_path)(entry)
+    found = measure_slide(entry, replace(SETTINGS, **least))
+    if indexed.row["status"] == "ok":
+        assert found.tiles == indexed.row["num_tiles"]
+        assert found.tiles < measure_slide(entry, SETTINGS).tiles
+    else:
+        assert (found.reason, found.tiles) == (indexed.row["status"], 0)
+        assert found.reason == problem
 
 
 def test_bytes_are_counted(tmp_path) -> None:
