@@ -8,13 +8,15 @@ Shapes: N tokens, prefix tokens first; n batch times heads; K buckets.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cytoray.errors import InputError
 
@@ -78,9 +80,16 @@ def bucket_index(
     return buckets
 
 
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """Tensors made here may be kept: real ones, that can serve training, whoever asks first."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
 @lru_cache(maxsize=64)
 def _cached_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a tensor born in inference mode could not serve training
+    with _lasting():
         return bucket_index(*grid, num_prefix).to(device)
 
 
@@ -89,13 +98,13 @@ def _cached_maps(
     grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype | None
 ) -> Tensor:
     index = _cached_buckets(grid, num_prefix, device)
-    with torch.inference_mode(False):
+    with _lasting():
         return gather_maps(index) if dtype is None else one_hot_maps(index, dtype)
 
 
 @lru_cache(maxsize=64)
 def _cached_small(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
+    with _lasting():
         return _cached_buckets(grid, num_prefix, device).to(torch.uint8)
 
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cytoray.device_peaks import peak_of_device
+from cytoray.models import sr_ops  # noqa: F401 (makes the operation known)
 from cytoray.models.backbones import Backbone
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig
@@ -35,8 +36,18 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-# The CPU's own attention kernel, which the counter does not know by itself.
-_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _sr_attention_flops(q: Any, k: Any, v: Any, r_k: Any, *_: Any, **__: Any) -> int:
+    """The same of SR-attention: each query, key and value meets every bucket's vector once."""
+    crops, heads, tokens, width = q
+    buckets = 0 if r_k is None else r_k[-2]
+    return sdpa_flop_count(q, k, v) + 3 * 2 * crops * heads * tokens * width * buckets
+
+
+# The CPU's own attention kernel and our operation, which the counter does not know by itself.
+_MORE_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.cytoray.sr_attend: _sr_attention_flops,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

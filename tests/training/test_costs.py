@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cytoray.training import BackboneConfig, CropConfig, HeadConfig, PretrainConfig, PretrainEngine
+from cytoray.models.irpe import NUM_BUCKETS, _cached_buckets, _cached_maps
+from cytoray.models.position_table import _weights
+from cytoray.training import (
+    BackboneConfig,
+    CropConfig,
+    HeadConfig,
+    PretrainConfig,
+    PretrainEngine,
+    SRConfig,
+)
 from cytoray.training.costs import peak_flops, step_costs
 
 D, DEPTH, PATCH = 64, 2, 16
@@ -37,6 +46,22 @@ def test_flops_are_those_counted_by_hand() -> None:
     student = 2 * crop_flops(64) + 4 * crop_flops(32)
     teacher = 2 * crop_flops(64)
     assert step_costs(RUN).flops_per_tile == 3 * student + teacher
+
+
+def test_sr_attention_costs_its_tables_more_and_leaves_nothing_unreal_behind() -> None:
+    changed = replace(RUN, backbone=replace(TINY, sr=SRConfig(sparse=True, irpe=True, top_h=4)))
+    tokens = {side: (side // PATCH) ** 2 + 1 for side in (64, 32)}
+    tables = {side: 3 * 2 * n * NUM_BUCKETS * D * DEPTH for side, n in tokens.items()}
+    student = 3 * (2 * tables[64] + 4 * tables[32])
+    for cached in (_cached_buckets, _cached_maps, _weights):
+        cached.cache_clear()
+    more = step_costs(changed).flops_per_tile - step_costs(RUN).flops_per_tile
+    assert more == student + 2 * tables[64]  # the teacher goes forward alone
+    batch = {"global_crops": torch.randn(4, 2, 3, 64, 64)}
+    batch["local_crops"] = torch.randn(4, 4, 3, 32, 32)
+    loss = PretrainEngine(changed, "cpu").step(batch, 0)["loss"]
+    assert type(loss) is torch.Tensor
+    assert float(loss) > 0
 
 
 def test_masked_patches_go_through_the_head_too() -> None:
