@@ -94,14 +94,14 @@ def attend(
     """
     with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
         tables = _tables(r_k, r_q, r_v, scale, v.dtype)
-        q = q * scale
+        q, k, v = (t.contiguous() for t in (q * scale, k, v))
         from_query, from_key = None, None
         if tables is not None:
             from_query, from_key = (
                 (x @ table.mT).flatten(0, 1) for x, table in ((q, tables.r_k), (k, tables.r_q))
             )
         shape = v.shape[:2]
-        q, k, v = (t.contiguous().flatten(0, 1) for t in (q, k, v))
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         if kernels:
             from cytoray.models import sr_kernels
 
@@ -174,8 +174,7 @@ def attend_backward(
     with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
         tables = _tables(r_k, r_q, r_v, scale, v.dtype)
         shape = v.shape[:2]
-        q = q * scale
-        q, k, v, grad, out = (t.contiguous() for t in (q, k, v, grad, out))
+        q, k, v, grad, out = (t.contiguous() for t in (q * scale, k, v, grad, out))
         from_value = None if tables is None else (grad @ tables.r_v.mT).flatten(0, 1)
         flat_grad, flat_q, flat_k, flat_v, flat_out = (
             t.flatten(0, 1) for t in (grad, q, k, v, out)
