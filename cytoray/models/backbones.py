@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from timm.models.eva import Eva
@@ -54,11 +54,11 @@ class LoRAChoice:
     targets: tuple[str, ...] = ("q", "v")
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Normed output tokens: `cls` (B, D), `patches` (B, N, D); registers are in neither.
 
-    Of a `CropGroup` that names its patches, `patches` is (M, D).
+    Of a `CropGroup` that names its patches, `patches` is (M, D). A tuple, in which FSDP finds the
+    tensors whose gradients announce the backward pass.
     """
 
     cls: Tensor
