@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.pretrain_step import BATCH_CUDA
 
-GPU_TESTS = ("tests/training/test_engine.py", "tests/ssl/test_augment.py")
+GPU_TESTS = ("tests/training/test_engine_device.py", "tests/ssl/test_augment.py")
 KERNEL_TESTS = ("tests/models/test_sr_kernels.py",)
 PARTS = ("tests", "step", "sr", "ablation")
 
