@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +65,29 @@ def add_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
         (B, T, D).
     """
     own_way = type(vit)._pos_embed is not VisionTransformer._pos_embed
-    if own_way or vit.pos_embed is None or not vit.dynamic_img_size:
+    if own_way or not is_resampled(vit):
         return cast(Tensor, vit._pos_embed(x))
+    return add_table(vit, x)
+
+
+def add_rotary_positions(vit: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same of timm's `Eva`, and its rotary embedding of the grid (None: it has none)."""
+    if not is_resampled(vit) or vit.patch_drop is not None:
+        return cast(tuple[Tensor, Tensor | None], vit._pos_embed(x))
+    rotary = None if vit.rope is None else vit.rope.get_embed(shape=tuple(x.shape[1:3]))
+    return add_table(vit, x), rotary
+
+
+def is_resampled(vit: Any) -> bool:
+    """Whether the model has a table of positions, and fits it to the size of a crop."""
+    return vit.pos_embed is not None and vit.dynamic_img_size
+
+
+def add_table(vit: Any, x: Tensor) -> Tensor:
+    """Tokens put in front, and the model's table for the grid of `x` (B, H, W, D) added."""
     count, height, width, _ = x.shape
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-    old = cast(Grid, tuple(vit.patch_embed.grid_size))  # type: ignore[arg-type]
+    old = cast(Grid, tuple(vit.patch_embed.grid_size))
     table = resample_positions(vit.pos_embed, old, (height, width), num_prefix)
     tokens = [t.expand(count, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
     x = x.flatten(1, 2)

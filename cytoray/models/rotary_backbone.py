@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cytoray.models.backbones import CropGroup, Tokens, ViTBackbone
 from cytoray.models.block_pass import Kept, Sizes, residual
+from cytoray.models.position_table import add_rotary_positions
 
 
 class RotaryTable:
@@ -101,6 +102,6 @@ class RotaryBackbone(ViTBackbone):
         x = vit.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.view(*x.shape[:-1], 1), self.mask_token.to(x.dtype), x)
-        x, embedding = vit._pos_embed(x)
+        x, embedding = add_rotary_positions(vit, x)
         self.table.note(x.shape[1], embedding)
         return vit.norm_pre(x)

@@ -21,7 +21,7 @@ from cytoray.ssl.batch_norm import as_momentum_network
 from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import all_sum, gather_rows
 from cytoray.ssl.dino_network import DINONetwork, LossSettings
-from cytoray.ssl.losses import build_targets, dino_loss, ibot_loss, koleo_loss
+from cytoray.ssl.losses import KoleoLoss, build_targets, dino_loss, ibot_loss, koleo_loss
 from cytoray.ssl.masks import MaskedPatches
 from cytoray.ssl.monitor import effective_rank, entropy, feature_std
 from cytoray.ssl.moving_average import follow, momentum_copy
@@ -186,6 +186,12 @@ class SelfDistillation(Method):
             local = crops.local_crops.flatten(0, 1)
             groups.append(CropGroup(local, drop=known.drop[1], patches=_no_patches(local)))
         tokens = self.student.backbone.encode(groups)
+        cls = tokens[0].cls.unflatten(0, (tiles, views))
+        spread = None
+        if known.koleo is None and self.settings.koleo_weight:
+            total, offset = batch.context.global_batch, batch.context.offset
+            # The ranks exchange class tokens while the heads and the other losses are computed.
+            spread = KoleoLoss(cls, global_batch=total, offset=offset)
         chosen = None if masked is None else tokens[0].patches
         logits, patch_logits = self.student.project([part.cls for part in tokens], chosen)
         with torch.autocast(crops.global_crops.device.type, enabled=False):
@@ -194,7 +200,8 @@ class SelfDistillation(Method):
                 logits[0].unflatten(0, (tiles, views)),
                 local_logits,
                 patch_logits,
-                tokens[0].cls.unflatten(0, (tiles, views)),
+                cls,
+                spread,
                 known,
                 batch,
             )
@@ -209,11 +216,12 @@ class SelfDistillation(Method):
         local_logits: Tensor | None,
         patch_logits: Tensor | None,
         cls: Tensor,
+        spread: KoleoLoss | None,
         known: _Known,
         batch: MicroBatch,
     ) -> dict[str, Tensor]:
-        s, context, targets = self.settings, batch.context, known.targets
-        total = context.global_batch
+        s, targets = self.settings, known.targets
+        total = batch.context.global_batch
         zero = cls.new_zeros((), dtype=torch.float32)
         parts = {"dino": zero, "ibot": zero, "koleo": zero}
         parts["dino"] = dino_loss(
@@ -237,8 +245,8 @@ class SelfDistillation(Method):
             )
         if known.koleo is not None:
             parts["koleo"] = (cls.float() * known.koleo.slope).sum()  # has KoLeo's gradient
-        elif s.koleo_weight:
-            parts["koleo"] = koleo_loss(cls, global_batch=total, offset=context.offset)
+        elif spread is not None:
+            parts["koleo"] = spread.value()
         return parts
 
     @torch.no_grad()

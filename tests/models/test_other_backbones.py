@@ -38,8 +38,10 @@ def test_rotary_tokens_are_timms(name):
         images = torch.randn(2, 3, *shape)
         expected = backbone.vit.forward_features(images)
         tokens = backbone(images)
-        assert torch.equal(tokens.cls, expected[:, 0])
-        assert torch.equal(tokens.patches, expected[:, backbone.vit.num_prefix_tokens :])
+        # Positions resampled by a product of matrices are timm's to rounding.
+        parts = expected[:, 0], expected[:, backbone.vit.num_prefix_tokens :]
+        for part, theirs in zip((tokens.cls, tokens.patches), parts, strict=True):
+            torch.testing.assert_close(part, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROTARY[:2])

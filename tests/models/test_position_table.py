@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cytoray.models import position_table
-from cytoray.models.position_table import add_positions, resample_positions
+from cytoray.models.position_table import add_positions, add_rotary_positions, resample_positions
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 5])
@@ -46,6 +46,24 @@ def test_tokens_are_timms(name, options):
     for side in (vit.patch_embed.grid_size[0], 3):
         x = torch.randn(2, side, side, vit.embed_dim)
         torch.testing.assert_close(add_positions(vit, x), vit._pos_embed(x), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("eva02_tiny_patch14_224", {}),
+        ("eva02_tiny_patch14_224", {"no_embed_class": True, "num_reg_tokens": 2}),
+        ("eva02_tiny_patch14_224", {"use_rot_pos_emb": False}),
+        ("vit_small_patch16_dinov3", {}),
+    ],
+)
+def test_tokens_and_rotary_embedding_are_timms(name, options):
+    torch.manual_seed(0)
+    vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, depth=1, **options)
+    for side in (vit.patch_embed.grid_size[0], 3):
+        x = torch.randn(2, side, side, vit.embed_dim)
+        got, expected = add_rotary_positions(vit, x), vit._pos_embed(x)
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_weights_are_real_whoever_asks_first():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cytoray.ssl.methods import METHODS
 from cytoray.training import (
+    BackboneConfig,
     CropConfig,
     LossConfig,
     PretrainConfig,
@@ -65,9 +66,18 @@ def test_nothing_in_a_step_waits_for_the_device(method, accumulate):
     assert waits.seen  # reading a value is what the mode catches
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_step_can_be_deterministic_on_cuda(method):
-    engine = PretrainEngine(_any_method(method, pack_crops=True), "cpu")
+EVA = BackboneConfig(
+    name="eva02_tiny_patch14_224",
+    kwargs={"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2},
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [*((method, {}) for method in sorted(METHODS)), ("dinov2", {"backbone": EVA})],
+)
+def test_a_step_can_be_deterministic_on_cuda(method, changes):
+    engine = PretrainEngine(_any_method(method, pack_crops=True, **changes), "cpu")
     batches = [_batch(step, num_local=engine.config.crops.num_local) for step in range(2)]
     engine.step(batches[0], 0)  # fills caches
     with _Watch(UNREPEATABLE) as watch:

@@ -4,7 +4,7 @@ from cytoray.ssl.losses.cross_entropy import soft_cross_entropy
 from cytoray.ssl.losses.dino import dino_loss
 from cytoray.ssl.losses.ibot import ibot_loss
 from cytoray.ssl.losses.info_nce import info_nce_loss, queue_loss
-from cytoray.ssl.losses.koleo import koleo, koleo_loss
+from cytoray.ssl.losses.koleo import KoleoLoss, koleo, koleo_loss
 from cytoray.ssl.losses.negative_cosine import byol_loss
 from cytoray.ssl.losses.nt_xent import nt_xent, nt_xent_loss
 from cytoray.ssl.losses.targets import (
@@ -17,6 +17,7 @@ from cytoray.ssl.losses.targets import (
 
 __all__ = [
     "TARGETS",
+    "KoleoLoss",
     "MovingCentre",
     "Sinkhorn",
     "build_targets",
