@@ -26,7 +26,13 @@ _QUIET = {
 }
 # Of a cluster started here, which has no dashboard: what would be collected for it takes some
 # percent of a small machine.
-_UNSEEN = {"RAY_task_events_report_interval_ms": "0", "REPORTER_UPDATE_INTERVAL_MS": "60000"}
+_UNSEEN = {
+    "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # Ray's log monitor looks for new files ten times a second, for logs nobody is shown.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "60",
+}
 _AUTH_TOKEN = Path("~/.ray/auth_token")
 _NO_CLUSTER = "start one with `ray start --head`, or leave --address out to run here"
 _ANSWER_WITHIN_S = 5.0
