@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from cytoray.errors import InputError
@@ -36,6 +39,7 @@ _UNSEEN = {
 _AUTH_TOKEN = Path("~/.ray/auth_token")
 _NO_CLUSTER = "start one with `ray start --head`, or leave --address out to run here"
 _ANSWER_WITHIN_S = 5.0
+_END_WITHIN_S = 3.0
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None, preload: str = "") -> None:
@@ -84,6 +88,22 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, preload:
                 "Ray did not start within its 30 s: this machine is too busy; run the command "
                 "again when it is less so, or give the --address of a running cluster"
             ) from None
+        atexit.register(_end_cluster)
+
+
+def _end_cluster() -> None:
+    """Shut the cluster of this process down, and end processes of it that do not end themselves.
+
+    A worker of Ray sometimes hangs in its own exit, where it is nobody's any more.
+    """
+    processes = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            processes += child.children(recursive=True) if child.name() == "raylet" else []
+    ray.shutdown()
+    for process in psutil.wait_procs(processes, timeout=_END_WITHIN_S)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def check_reachable(address: str) -> None:

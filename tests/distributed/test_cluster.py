@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import psutil
@@ -124,3 +125,36 @@ def test_a_ray_that_does_not_start_is_one_message() -> None:
         caller.kill()
     assert frozen
     assert said.startswith("refused: Ray did not start within its 30 s: this machine is too busy")
+
+
+HANGING = """
+import atexit, os, time
+import ray
+from cytoray.distributed.cluster import connect
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def pid(self):
+        atexit.register(time.sleep, 1000)
+        return os.getpid()
+
+connect(num_cpus=1)
+worker = Worker.remote()
+print(ray.get(worker.pid.remote()), flush=True)
+worker.__ray_terminate__.remote()
+time.sleep(1)
+"""
+
+
+def test_a_worker_that_hangs_in_its_exit_ends_with_the_driver() -> None:
+    driver = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=120
+    )
+    assert driver.returncode == 0, driver.stderr
+    pid = int(driver.stdout)
+    with suppress(psutil.NoSuchProcess):  # what one hopes for
+        worker = psutil.Process(pid)
+        try:
+            worker.wait(timeout=5)
+        finally:
+            worker.kill()
