@@ -65,25 +65,29 @@ def add_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
         (B, T, D).
     """
     own_way = type(vit)._pos_embed is not VisionTransformer._pos_embed
-    if own_way or not is_resampled(vit):
+    if own_way or not _is_resampled(vit):
         return cast(Tensor, vit._pos_embed(x))
-    return add_table(vit, x)
+    return _add_table(vit, x)
 
 
 def add_rotary_positions(vit: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The same of timm's `Eva`, and its rotary embedding of the grid (None: it has none)."""
-    if not is_resampled(vit) or vit.patch_drop is not None:
+    """As `add_positions`, for timm's `Eva`.
+
+    Returns:
+        (B, T, D), and what `vit.rope` gives for the grid (None: it has no rotary positions).
+    """
+    if not _is_resampled(vit) or vit.patch_drop is not None:
         return cast(tuple[Tensor, Tensor | None], vit._pos_embed(x))
     rotary = None if vit.rope is None else vit.rope.get_embed(shape=tuple(x.shape[1:3]))
-    return add_table(vit, x), rotary
+    return _add_table(vit, x), rotary
 
 
-def is_resampled(vit: Any) -> bool:
+def _is_resampled(vit: Any) -> bool:
     """Whether the model has a table of positions, and fits it to the size of a crop."""
     return vit.pos_embed is not None and vit.dynamic_img_size
 
 
-def add_table(vit: Any, x: Tensor) -> Tensor:
+def _add_table(vit: Any, x: Tensor) -> Tensor:
     """Tokens put in front, and the model's table for the grid of `x` (B, H, W, D) added."""
     count, height, width, _ = x.shape
     num_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens

@@ -69,7 +69,7 @@ def render_views(
     if tiles.device.type != "cpu":
         return _render(tiles, params, out_px, mean, std, turned)
     views = torch.empty((*params.shape[:2], 3, out_px, out_px))
-    # While tiles, views and matrices are in cache: the same views in three fifths of the time.
+    # The same views, made while tiles and matrices are in cache.
     step = TILES_IN_CACHE * torch.get_num_threads()
     for part in range(0, len(tiles), step):
         its = slice(part, part + step)

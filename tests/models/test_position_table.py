@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.eva import Eva
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +39,10 @@ def test_resampled_table_and_gradient_are_timms(num_prefix, dtype):
         ("vit_tiny_patch16_224", {"no_embed_class": True, "reg_tokens": 2}),
         ("vit_tiny_patch16_224", {"pos_embed": "none"}),
         ("deit_tiny_distilled_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {}),
+        ("eva02_tiny_patch14_224", {"no_embed_class": True, "num_reg_tokens": 2}),
+        ("eva02_tiny_patch14_224", {"use_rot_pos_emb": False}),
+        ("vit_small_patch16_dinov3", {}),
     ],
 )
 def test_tokens_are_timms(name, options):
@@ -45,25 +50,9 @@ def test_tokens_are_timms(name, options):
     vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, depth=1, **options)
     for side in (vit.patch_embed.grid_size[0], 3):
         x = torch.randn(2, side, side, vit.embed_dim)
-        torch.testing.assert_close(add_positions(vit, x), vit._pos_embed(x), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("eva02_tiny_patch14_224", {}),
-        ("eva02_tiny_patch14_224", {"no_embed_class": True, "num_reg_tokens": 2}),
-        ("eva02_tiny_patch14_224", {"use_rot_pos_emb": False}),
-        ("vit_small_patch16_dinov3", {}),
-    ],
-)
-def test_tokens_and_rotary_embedding_are_timms(name, options):
-    torch.manual_seed(0)
-    vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, depth=1, **options)
-    for side in (vit.patch_embed.grid_size[0], 3):
-        x = torch.randn(2, side, side, vit.embed_dim)
-        got, expected = add_rotary_positions(vit, x), vit._pos_embed(x)
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+        # The second gives a rotary embedding as well.
+        add = add_rotary_positions if isinstance(vit, Eva) else add_positions
+        torch.testing.assert_close(add(vit, x), vit._pos_embed(x), atol=1e-6, rtol=1e-5)
 
 
 def test_weights_are_real_whoever_asks_first():
