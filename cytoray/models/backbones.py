@@ -186,7 +186,7 @@ class ViTBackbone(nn.Module):
         wanted, counts = None, [x.shape[0] * x.shape[1] for x in embedded]
         if any(selection is not None for selection in selections):
             wanted, counts = _joint_selection(selections, counts, embedded[0].device)
-        x = join_groups(embedded)
+        x = _in_product_type(join_groups(embedded))
         last = self.depth - 1
         for index, block in enumerate(self.vit.blocks):
             kept = _kept_by([group.drop for group in groups], index)
@@ -236,6 +236,12 @@ class ViTBackbone(nn.Module):
 
 
 Backbone: TypeAlias = "ViTBackbone | ConvBackbone"
+
+
+def _in_product_type(x: Tensor) -> Tensor:
+    """The tokens between blocks in the type of the products, as DINOv2 and DINOv3 keep them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _kept_by(drops: Sequence[DropRows | None], index: int) -> tuple[Kept, Kept] | None:

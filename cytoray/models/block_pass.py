@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cytoray.compilation import compiled
+from cytoray.models.sr_transformer import SRAttention
 
 Sizes = tuple[tuple[int, int], ...]  # (crops n, tokens T) of each group, in their order
 Kept = Sequence[tuple[Tensor, float]]  # crops of each group a branch sees, and its factor
@@ -82,10 +83,10 @@ def _residual(
         return block.ls2(block.mlp(block.norm2(rows)))
 
     if kept is None:
-        x = x + attend(x, sizes)
+        x = x + attend(x, sizes).to(x.dtype)
         if wanted is not None:
             x = x.index_select(0, wanted)
-        return x + transform(x, sizes)
+        return x + transform(x, sizes).to(x.dtype)
     x = _on_kept(attend, x, sizes, kept[0])
     x = _on_kept(transform, x, sizes, kept[1])
     return x if wanted is None else x.index_select(0, wanted)
@@ -124,19 +125,26 @@ def _by_group(run: Callable[[Tensor], Tensor], x: Tensor, sizes: Sizes) -> Tenso
 
 
 def _attention(attn: Any, x: Tensor, sizes: Sizes) -> Tensor:
-    """timm's attention with one projection for all groups; another kind goes group by group."""
-    if type(attn) is not Attention:
+    """timm's attention, or SR-attention in its place, with one projection for all groups.
+
+    Another kind goes group by group.
+    """
+    is_sr = type(attn) is SRAttention and attn.is_plain
+    if not is_sr and type(attn) is not Attention:
         return _by_group(attn, x, sizes)
-    dropped = attn.attn_drop.p if attn.training else 0.0
     done = []
     for group in split_groups(attn.qkv(x), sizes):
         q, k, v = group.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        out = _weighted_values(q, k, v, dropped)
+        q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
+        if is_sr:
+            out = attn.mix(q, k, v)
+        else:
+            out = _weighted_values(q, k, v, attn.attn_drop.p if attn.training else 0.0)
         done.append(out.transpose(1, 2).flatten(2))
     out = attn.norm(join_groups(done))
-    if attn.gate is not None:
-        out = out * attn.gate(x).sigmoid()
+    gate = getattr(attn, "gate", None)  # SR-attention has none of the parts that were None
+    if gate is not None:
+        out = out * gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
 

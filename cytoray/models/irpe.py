@@ -22,6 +22,7 @@ from cytoray.errors import InputError
 
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
 NUM_BUCKETS = (2 * int(BETA) + 1) ** 2 + 1
+PADDED_BUCKETS = -(-NUM_BUCKETS // 16) * 16  # as the kernels have them
 Grid = tuple[int, int]  # rows and columns of patches
 
 
@@ -103,21 +104,18 @@ def _cached_maps(
 
 
 @lru_cache(maxsize=64)
-def _cached_small(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
+def _cached_kernel_maps(
+    grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype
+) -> KernelMaps:
+    index = _cached_buckets(grid, num_prefix, device)
     with _lasting():
-        return _cached_buckets(grid, num_prefix, device).to(torch.uint8)
+        return kernel_maps(index, dtype)
 
 
 @torch.compiler.assume_constant_result
 def cached_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
     """`bucket_index` of a grid on `device`, made once."""
     return _cached_buckets(grid, num_prefix, device)
-
-
-@torch.compiler.assume_constant_result
-def small_buckets(grid: Grid, num_prefix: int, device: torch.device) -> Tensor:
-    """`cached_buckets` as the kernels read them, uint8."""
-    return _cached_small(grid, num_prefix, device)
 
 
 @torch.compiler.assume_constant_result
@@ -137,19 +135,61 @@ def pair_maps(grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dt
     return _cached_maps(grid, num_prefix, device, None if device.type == "cpu" else dtype)
 
 
+class KernelMaps(NamedTuple):
+    """The buckets of a grid as the kernels have them, padded by zeros to T tokens and K buckets.
+
+    Attributes:
+        buckets: uint8 (T, T).
+        of_queries: (T, T, K), 1 at the bucket of query i and key j.
+        of_keys: (T, T, K), the same by key and query.
+    """
+
+    buckets: Tensor
+    of_queries: Tensor
+    of_keys: Tensor
+
+
+@torch.compiler.assume_constant_result
+def _lasting_kernel_maps(
+    grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype
+) -> KernelMaps:
+    return _cached_kernel_maps(grid, num_prefix, device, dtype)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether attention on `device` may be left to the kernels."""
+    return device.type == "cuda"
+
+
 class PairBuckets(NamedTuple):
-    """The buckets of a grid in every form: int64 and uint8 (N, N), and `pair_maps`."""
+    """The buckets of a grid in every form: int64 (N, N), `pair_maps`, and for the kernels."""
 
     index: Tensor
-    small: Tensor
     maps: Tensor
+    kernel: KernelMaps | None
 
 
 def _pair_buckets(
     grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype
 ) -> PairBuckets:
     where = (grid, num_prefix, device)
-    return PairBuckets(cached_buckets(*where), small_buckets(*where), pair_maps(*where, dtype))
+    kernel = _lasting_kernel_maps(*where, dtype) if has_kernels(device) else None
+    return PairBuckets(cached_buckets(*where), pair_maps(*where, dtype), kernel)
+
+
+def padded_tokens(tokens: int) -> int:
+    """Tokens that the kernels work on: whole 16, which fast loads and products ask for."""
+    return -(-tokens // 16) * 16
+
+
+def kernel_maps(index: Tensor, dtype: torch.dtype) -> KernelMaps:
+    """`KernelMaps` of type `dtype` from buckets, int64 (N, N)."""
+    more = padded_tokens(len(index)) - len(index)
+    one_hot = one_hot_maps(index, dtype)
+    padding = (0, PADDED_BUCKETS - NUM_BUCKETS, 0, more, 0, more)
+    of_queries, of_keys = (F.pad(x, padding) for x in (one_hot, one_hot.transpose(0, 1)))
+    buckets = F.pad(index, (0, more, 0, more)).to(torch.uint8)
+    return KernelMaps(buckets, of_queries.contiguous(), of_keys.contiguous())
 
 
 def gather_maps(index: Tensor) -> Tensor:

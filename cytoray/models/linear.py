@@ -1,4 +1,4 @@
-"""Matrix products at the speed a CPU has for them.
+"""Matrix products at the speed a device has for them.
 
 Shapes: T rows (instances, tokens), D width of the input, H width of the output.
 """
@@ -68,3 +68,39 @@ def use_cpu_products(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
+
+
+class PatchProjection(nn.Conv2d):
+    """The convolution of a patch embedding as the product it is: no pixel is in two patches.
+
+    cuDNN gives a convolution of three channels to kernels that take ten times as long.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Images (B, C, H, W) to (B, D, rows, columns)."""
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):  # before pixels are put in order: half as many bytes
+            input = input.to(torch.get_autocast_dtype(kind))
+        height, width = self.kernel_size
+        if input.shape[2] % height or input.shape[3] % width:
+            return super().forward(input)
+        cut = input.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, r, h, c, w)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def use_patch_products(model: nn.Module) -> None:
+    """Let convolutions that cut images into patches be `PatchProjection`; parameters stay."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _cuts_patches(module):
+            module.__class__ = PatchProjection
+
+
+def _cuts_patches(conv: nn.Conv2d) -> bool:
+    return (
+        conv.stride == conv.kernel_size
+        and conv.kernel_size[0] > 1
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )

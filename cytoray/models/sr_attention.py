@@ -1,17 +1,35 @@
 """SR-attention (Cyto-SSL, eq. 5-9): top-h sparse attention with relative positions on q, k and v.
 
 `sr_attention` is the definition; `fast_sr_attention`, equal to it forward and backward, is what
-models run: two Triton kernels on a CUDA device, PyTorch operations elsewhere.
+models run: two Triton kernels on a CUDA device (see `kernels_serve`), PyTorch operations elsewhere.
 Shapes: B batch, H heads, N tokens, d width of a head, K buckets.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cytoray.models.irpe import KernelMaps
+from cytoray.models.sr_kernel_ops import attend_by_kernels
 from cytoray.models.sr_ops import attend
+
+KERNEL_TOKENS = 512  # rows of as many scores fit the registers of a kernel
+KERNEL_TYPES = (torch.bfloat16, torch.float16)  # products of float32 are not for a kernel so large
+_HAS_TRITON = find_spec("triton") is not None  # asked once: in a block it would cut compiled code
+
+
+def kernels_serve(v: Tensor) -> bool:
+    """Whether the Triton kernels can attend to values (B, H, N, d): device, type and length."""
+    return (
+        v.device.type == "cuda"
+        and v.dtype in KERNEL_TYPES
+        and v.shape[-2] <= KERNEL_TOKENS
+        and _HAS_TRITON
+    )
 
 
 def sr_attention(
@@ -78,8 +96,7 @@ def fast_sr_attention(
     r_k: Tensor | None,
     r_q: Tensor | None,
     r_v: Tensor | None,
-    buckets: Tensor | None,
-    maps: Tensor | None,
+    maps: Tensor | KernelMaps | None,
     top_h: int | None,
     scale: float,
     *,
@@ -92,12 +109,16 @@ def fast_sr_attention(
     are at least float32, matrix products of the type of `v`.
 
     Args:
-        buckets: as in `sr_attention`; read by the kernels alone.
-        maps: `cytoray.models.irpe.pair_maps` of the tokens' grid; the rest as in `sr_attention`.
-        kernels: run the Triton kernels, see `cytoray.models.sr_ops.kernels_serve`.
+        maps: of the tokens' grid: `cytoray.models.irpe.pair_maps`, or with `kernels`
+            `KernelMaps`; None with the tables. The rest as in `sr_attention`.
+        kernels: run the Triton kernels, see `kernels_serve`.
     """
     if top_h is not None and top_h >= q.shape[-2]:
         top_h = None
     if r_k is None and top_h is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return attend(q, k, v, r_k, r_q, r_v, buckets, maps, top_h, scale, kernels)[0]
+    if kernels:
+        assert not isinstance(maps, Tensor)
+        return attend_by_kernels(q, k, v, r_k, r_q, r_v, maps, top_h, scale)
+    assert maps is None or isinstance(maps, Tensor)
+    return attend(q, k, v, r_k, r_q, r_v, maps, top_h, scale)[0]

@@ -5,7 +5,8 @@
 The scores, the threshold of each row and the softmax are never written to memory; the weights are,
 once, in the type of `v`. Sums over the pairs of a bucket are left to matrix products, so nothing is
 added atomically and a step can be repeated bit by bit.
-Shapes: n batch times heads, N tokens, d width of a head, K buckets.
+Shapes: n batch times heads, T tokens (a multiple of 16, see `padded_tokens`; those past `tokens`
+are zero and stay so), d width of a head, K buckets (padded as well).
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cytoray.models.sr_ops import KERNEL_TOKENS, empty_pairs
-
-_ROUNDS_BY_VALUE = 16  # of scores spread as a normal distribution, all of 32 rows need 12 or 13
+_ROUNDS_BY_VALUE = 16  # of scores spread as a normal distribution, all of 64 rows need about 10
 
 
 @triton.jit
@@ -30,18 +29,16 @@ def _tile(base, rows, columns, row_stride, row_count, column_count):
 
 
 @triton.jit
-def _read_buckets(buckets, i, j, tokens):
-    """Bucket of each pair, and which pairs there are; small numbers, for there are many."""
-    inside = (i[:, None] < tokens) & (j[None, :] < tokens)
-    bucket = tl.load(buckets + i[:, None] * tokens + j[None, :], mask=inside, other=0)
-    return bucket.to(tl.int32), inside
-
-
-@triton.jit
 def _put(base, values, rows, columns, row_stride, row_count, column_count):
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
     place = base + rows[:, None] * row_stride + columns[None, :]
     tl.store(place, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _read_buckets(buckets, i, j, padded):
+    inside = (i[:, None] < padded) & (j[None, :] < padded)
+    return tl.load(buckets + i[:, None] * padded + j[None, :], mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -58,30 +55,40 @@ def _value_of(keys):
 
 
 @triton.jit
-def _keep_largest(scores, top_h, real, BY_VALUE: tl.constexpr):
+def _keep_largest(scores, top_h, real, columns_real, BY_VALUE: tl.constexpr):
     """-inf below the h-th largest of each row; ties and NaN stay. Rows that are not real pass.
 
-    Floats are compared as integers of the same order, whose interval is halved until exactly h lie
-    above its lower end, or until it is a single value at which several tie. The first `BY_VALUE`
-    rounds halve between the values: integers are as dense around 0 as the whole rest, scores not.
+    The interval around the threshold is halved until h scores lie at or above its lower end (the
+    threshold is that end), or h - 1 at or above its upper end (it is the largest score below), or
+    no float lies between the ends, as where several scores tie. The first `BY_VALUE` rounds halve
+    between the values; later ones between the integers of the same order, of which there are as
+    many around 0 as in the whole rest: that always ends.
     """
-    keys = _key_of(scores)
-    low = tl.min(keys, axis=1)
-    high = tl.minimum(tl.max(keys, axis=1), 0x7FFFFFFE) + 1
-    high = tl.where(real, high, low + 1)
+    low = tl.min(tl.where(columns_real[None, :], scores, float("inf")), axis=1)
+    low_key = _key_of(low)
+    high_key = tl.minimum(_key_of(tl.max(scores, axis=1)), 0x7FFFFFFE) + 1
+    high_key = tl.where(real, high_key, low_key + 1)
+    is_above = high_key > 0x7FFFFFFF  # no row yet
     unsettled, rounds = 1, 0
     while unsettled > 0:
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        halfway = _key_of(0.5 * _value_of(low) + 0.5 * _value_of(high))
-        usable = (halfway > low) & (halfway < high) & (rounds < BY_VALUE)
+        middle = (low_key >> 1) + (high_key >> 1) + (low_key & high_key & 1)
+        halfway = _key_of(0.5 * _value_of(low_key) + 0.5 * _value_of(high_key))
+        usable = (halfway > low_key) & (halfway < high_key) & (rounds < BY_VALUE)
         middle = tl.where(usable, halfway, middle)
         rounds += 1
-        count = tl.sum((keys >= middle[:, None]).to(tl.int32), axis=1)
-        low = tl.where(count >= top_h, middle, low)
-        high = tl.where(count > top_h, high, tl.where(count == top_h, middle + 1, middle))
-        high = tl.where(real, tl.maximum(high, low + 1), low + 1)
-        unsettled = tl.max((high > low + 1).to(tl.int32), axis=0)
-    kept = (keys >= low[:, None]) | (scores != scores)
+        count = tl.sum((scores >= _value_of(middle)[:, None]).to(tl.int32), axis=1)
+        going = (high_key > low_key + 1) & (is_above == 0)
+        is_low = going & (count >= top_h)
+        is_high = going & (count < top_h)
+        low_key = tl.where(is_low, middle, low_key)
+        high_key = tl.where(is_low & (count == top_h), middle + 1, high_key)
+        high_key = tl.where(is_high, middle, high_key)
+        is_above = is_above | (is_high & (count == top_h - 1))
+        going = (high_key > low_key + 1) & (is_above == 0)
+        unsettled = tl.max(going.to(tl.int32), axis=0)
+    below = tl.where(scores < _value_of(high_key)[:, None], scores, -float("inf"))
+    threshold = tl.where(is_above, tl.max(below, axis=1), _value_of(low_key))
+    kept = (scores >= threshold[:, None]) | (scores != scores)
     return tl.where(kept, scores, -float("inf"))
 
 
@@ -96,8 +103,9 @@ def _attend_kernel(
     out,
     weights,
     tokens,
+    padded,
     width,
-    weights_stride,
+    scale,
     top_h,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -112,27 +120,28 @@ def _attend_kernel(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, KEYS)
     c = tl.arange(0, WIDTH)
-    start = n * tokens * width
-    q_tile = _tile(q + start, i, c, width, tokens, width)
-    k_tile = _tile(k + start, j, c, width, tokens, width)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    start = n * padded * width
+    scores = tl.zeros((ROWS, KEYS), tl.float32)
     if IRPE:
-        bucket, inside = _read_buckets(buckets, i, j, tokens)
-        table = n * tokens * K
-        place = i[:, None] * K + bucket
-        scores += tl.load(from_query + table + place, mask=inside, other=0.0).to(tl.float32)
-        place = bucket * tokens + j[None, :]
-        scores += tl.load(from_key + table + place, mask=inside, other=0.0).to(tl.float32)
-    scores = tl.where(j[None, :] < tokens, scores, -float("inf"))
+        bucket = _read_buckets(buckets, i, j, padded)
+        table = n * padded * K
+        rows = tl.minimum(i, padded - 1)
+        columns = tl.minimum(j, padded - 1)
+        scores = tl.load(from_query + table + (rows[:, None] * K + bucket)).to(tl.float32)
+        scores += tl.load(from_key + table + (bucket * padded + columns[None, :])).to(tl.float32)
+    q_tile = _tile(q + start, i, c, width, padded, width)
+    k_tile = _tile(k + start, j, c, width, padded, width)
+    scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+    scores = tl.where(j[None, :] < tokens, scores * scale, -float("inf"))
     if SPARSE:
-        scores = _keep_largest(scores, top_h, i < tokens, BY_VALUE)
+        scores = _keep_largest(scores, top_h, i < tokens, j < tokens, BY_VALUE)
     shares = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    shares = (shares / tl.sum(shares, axis=1)[:, None]).to(v.dtype.element_ty)
-    rows = n * tokens * weights_stride
-    _put(weights + rows, shares, i, j, weights_stride, tokens, tokens)
-    v_tile = _tile(v + start, j, c, width, tokens, width)
+    shares = shares * (1.0 / tl.sum(shares, axis=1))[:, None]
+    shares = tl.where(i[:, None] < tokens, shares, 0.0).to(v.dtype.element_ty)
+    _put(weights + n * padded * padded, shares, i, j, padded, padded, padded)
+    v_tile = _tile(v + start, j, c, width, padded, width)
     mixed = tl.dot(shares, v_tile, input_precision=PRECISION)
-    _put(out + start, mixed, i, c, width, tokens, width)
+    _put(out + start, mixed, i, c, width, padded, width)
 
 
 @triton.jit
@@ -145,10 +154,11 @@ def _slope_kernel(
     from_value,
     buckets,
     slope,
+    turned,
     grad_q,
-    tokens,
+    padded,
     width,
-    weights_stride,
+    scale,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -160,30 +170,27 @@ def _slope_kernel(
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, KEYS)
     c = tl.arange(0, WIDTH)
-    start = n * tokens * width
-    rows = n * tokens * weights_stride
-    grad_tile = _tile(grad + start, i, c, width, tokens, width)
-    out_tile = _tile(out + start, i, c, width, tokens, width)
-    v_tile = _tile(v + start, j, c, width, tokens, width)
-    steep = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+    start = n * padded * width
+    pairs = n * padded * padded
+    steep = tl.zeros((ROWS, KEYS), tl.float32)
     if IRPE:
-        bucket, inside = _read_buckets(buckets, i, j, tokens)
-        place = i[:, None] * K + bucket
-        steep += tl.load(from_value + n * tokens * K + place, mask=inside, other=0.0).to(tl.float32)
+        bucket = _read_buckets(buckets, i, j, padded)
+        rows = tl.minimum(i, padded - 1)
+        place = rows[:, None] * K + bucket
+        steep = tl.load(from_value + n * padded * K + place).to(tl.float32)
+    grad_tile = _tile(grad + start, i, c, width, padded, width)
+    out_tile = _tile(out + start, i, c, width, padded, width)
+    v_tile = _tile(v + start, j, c, width, padded, width)
+    steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
-    shares = _tile(weights + rows, i, j, weights_stride, tokens, tokens)
-    steep = (shares.to(tl.float32) * (steep - mean[:, None])).to(k.dtype.element_ty)
-    _put(slope + rows, steep, i, j, weights_stride, tokens, tokens)
-    k_tile = _tile(k + start, j, c, width, tokens, width)
-    _put(
-        grad_q + start,
-        tl.dot(steep, k_tile, input_precision=PRECISION),
-        i,
-        c,
-        width,
-        tokens,
-        width,
-    )
+    shares = _tile(weights + pairs, i, j, padded, padded, padded)
+    steep = shares.to(tl.float32) * ((steep - mean[:, None]) * scale)
+    steep = steep.to(k.dtype.element_ty)
+    _put(slope + pairs, steep, i, j, padded, padded, padded)
+    _put(turned + pairs, tl.trans(steep), j, i, padded, padded, padded)
+    k_tile = _tile(k + start, j, c, width, padded, width)
+    back = tl.dot(steep, k_tile, input_precision=PRECISION)
+    _put(grad_q + start, back, i, c, width, padded, width)
 
 
 def attend(
@@ -193,32 +200,37 @@ def attend(
     from_query: Tensor | None,
     from_key: Tensor | None,
     buckets: Tensor | None,
+    *,
+    tokens: int,
     top_h: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Weights of every pair, and the values they mix.
 
     Args:
-        q: (n, N, d), contiguous and scaled, as `k` and `v` of one type.
-        k: (n, N, d).
-        v: (n, N, d).
-        from_query: (n, N, K), products of the queries with r^K; None: no positions.
-        from_key: (n, K, N), products of r^Q with the keys.
-        buckets: integer (N, N).
-        top_h: keys that each query keeps, at most N; None: all.
+        q: (n, T, d), contiguous, as `k` and `v` of one type.
+        k: (n, T, d).
+        v: (n, T, d).
+        from_query: (n, T, K), products of the queries with r^K; None: no positions.
+        from_key: (n, K, T), products of r^Q with the keys.
+        buckets: uint8 (T, T).
+        tokens: how many of the T tokens there are.
+        top_h: keys that each query keeps, at most `tokens`; None: all.
+        scale: of the scores.
 
     Returns:
-        (n, N, d), without r^V, and weights (n, N, N) whose rows are padded in memory.
+        (n, T, d), without r^V, and weights (n, T, T).
     """
-    out, weights = torch.empty_like(v), empty_pairs(v)
+    n, padded, width = v.shape
+    out, weights = torch.empty_like(v), v.new_empty(n, padded, padded)
     some: Any = q  # a pointer that is not read
-    _attend_kernel[_programs(v)](
+    _attend_kernel[_programs(v, _ATTEND)](
         *(q, k, v),
         *(some if x is None else x for x in (from_query, from_key, buckets)),
-        *(out, weights),
-        *(v.shape[1], v.shape[2], weights.stride(1), top_h or 0),
+        *(out, weights, tokens, padded, width, scale, top_h or 0),
         SPARSE=top_h is not None,
         BY_VALUE=_ROUNDS_BY_VALUE,
-        **_options(v, from_query),
+        **_options(v, from_query, _ATTEND),
     )
     return out, weights
 
@@ -231,52 +243,62 @@ def slopes(
     weights: Tensor,
     from_value: Tensor | None,
     buckets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradient for the scores, and its product with the keys.
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient for the products that the scores are scaled from, and its product with the keys.
 
     Args:
-        grad: (n, N, d), contiguous, for the output.
-        out: (n, N, d), the output with the part of r^V.
+        grad: (n, T, d), contiguous, for the output.
+        out: (n, T, d), the output with the part of r^V.
         k: as in `attend`.
         v: as in `attend`.
-        weights: (n, N, N) of `attend`.
-        from_value: (n, N, K), products of `grad` with r^V; None: no positions.
+        weights: (n, T, T) of `attend`.
+        from_value: (n, T, K), products of `grad` with r^V; None: no positions.
         buckets: as in `attend`.
+        scale: of the scores.
 
     Returns:
-        (n, N, N), rows padded in memory, and (n, N, d).
+        (n, T, T) by query and key, the same by key and query, and (n, T, d).
     """
-    slope, grad_q = empty_pairs(v), torch.empty_like(v)
+    slope, turned, grad_q = (torch.empty_like(x) for x in (weights, weights, v))
     some: Any = v
-    _slope_kernel[_programs(v)](
+    _slope_kernel[_programs(v, _SLOPES)](
         *(grad, out, k, v, weights),
         *(some if x is None else x for x in (from_value, buckets)),
-        *(slope, grad_q),
-        *(v.shape[1], v.shape[2], weights.stride(1)),
-        **_options(v, from_value),
+        *(slope, turned, grad_q, v.shape[1], v.shape[2], scale),
+        **_options(v, from_value, _SLOPES),
     )
-    return slope, grad_q
+    return slope, turned, grad_q
 
 
-def _rows(tokens: int) -> int:
-    return 32 if tokens <= KERNEL_TOKENS // 2 else 16
+# Keys a program holds -> rows it works on, and its warps.
+_ATTEND = {128: (64, 4), 256: (32, 4), 512: (16, 4)}
+_SLOPES = {128: (64, 4), 256: (32, 4), 512: (16, 4)}
 
 
-def _programs(v: Tensor) -> tuple[int, int]:
-    n, tokens = v.shape[:2]
-    return triton.cdiv(tokens, _rows(tokens)), n
+def _shape(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
+    """Keys, rows and warps of a program."""
+    keys = max(16, triton.next_power_of_2(v.shape[1]))
+    rows, warps = next(shape for limit, shape in shapes.items() if keys <= limit)
+    return keys, rows, warps
 
 
-def _options(v: Tensor, table: Tensor | None) -> dict[str, Any]:
+def _programs(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    return triton.cdiv(v.shape[1], _shape(v, shapes)[1]), v.shape[0]
+
+
+def _options(
+    v: Tensor, table: Tensor | None, shapes: dict[int, tuple[int, int]]
+) -> dict[str, Any]:
     """What a kernel is compiled for. float32 products are made in full, as the definition's."""
-    tokens, width = v.shape[1:]
-    buckets = 1 if table is None else table.numel() // (v.shape[0] * tokens)
+    keys, rows, warps = _shape(v, shapes)
     return {
-        "K": buckets,
-        "ROWS": _rows(tokens),
-        "KEYS": max(16, triton.next_power_of_2(tokens)),
-        "WIDTH": max(16, triton.next_power_of_2(width)),
+        "K": 1 if table is None else table.numel() // (v.shape[0] * v.shape[1]),
+        "ROWS": rows,
+        "KEYS": keys,
+        "WIDTH": max(16, triton.next_power_of_2(v.shape[2])),
         "IRPE": table is not None,
         "PRECISION": "ieee",
-        "num_warps": 8,
+        "num_warps": warps,
     }

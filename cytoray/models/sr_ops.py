@@ -1,13 +1,12 @@
-"""SR-attention as an operation of its own, forward and backward: what `fast_sr_attention` calls.
+"""SR-attention by PyTorch operations as an operation of its own, forward and backward.
 
 `torch.compile` takes it as it is, whatever shapes change with the step, and autograd keeps one
-N * N tensor for it. Inside run two Triton kernels, or PyTorch operations.
+N * N tensor for it.
 Shapes: B batch, H heads, n = B * H, N tokens, d width of a head, K buckets.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,20 +21,7 @@ from cytoray.models.irpe import (
     sums_for_queries,
 )
 
-KERNEL_TOKENS = 512  # rows of as many scores fit the registers of a kernel
-KERNEL_TYPES = (torch.bfloat16, torch.float16)  # products of float32 are not for a kernel so large
 SORT_THREADS = 6  # up to as many threads, numpy's vectorised sort is ahead of torch.topk
-_ALIGNED = 8  # rows of bf16 weights start at multiples of 16 bytes, as fast products ask
-
-
-def kernels_serve(v: Tensor) -> bool:
-    """Whether the Triton kernels can attend to values (B, H, N, d): device, type and length."""
-    return (
-        v.device.type == "cuda"
-        and v.dtype in KERNEL_TYPES
-        and v.shape[-2] <= KERNEL_TOKENS
-        and find_spec("triton") is not None
-    )
 
 
 def row_threshold(scores: Tensor, h: int) -> Tensor:
@@ -44,16 +30,6 @@ def row_threshold(scores: Tensor, h: int) -> Tensor:
         rows = np.sort(scores.detach().numpy(), axis=-1)
         return torch.from_numpy(rows[..., -h, None].copy())
     return scores.topk(h, dim=-1).values[..., -1:]
-
-
-def empty_pairs(v: Tensor, *, padded: bool = True) -> Tensor:
-    """Memory for (n, N, N) of the type of `v` (n, N, d).
-
-    With `padded` each row takes whole 16 bytes.
-    """
-    n, tokens = v.shape[:2]
-    width = -(-tokens // _ALIGNED) * _ALIGNED if padded else tokens
-    return v.new_empty(n, tokens, width)[..., :tokens]
 
 
 class _Tables(NamedTuple):
@@ -80,11 +56,9 @@ def attend(
     r_k: Tensor | None,
     r_q: Tensor | None,
     r_v: Tensor | None,
-    buckets: Tensor | None,
     maps: Tensor | None,
     top_h: int | None,
     scale: float,
-    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cytoray.models.sr_attention.fast_sr_attention`, with what its gradient needs.
 
@@ -92,7 +66,7 @@ def attend(
         Output (B, H, N, d), the weights (n, N, N) and, with tables, their sums by bucket
         (B, H, N, K). The latter two have no gradient.
     """
-    with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
+    with torch.autocast(v.device.type, enabled=False):
         tables = _tables(r_k, r_q, r_v, scale, v.dtype)
         q, k, v = (t.contiguous() for t in (q * scale, k, v))
         from_query, from_key = None, None
@@ -102,15 +76,8 @@ def attend(
             )
         shape = v.shape[:2]
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-        if kernels:
-            from cytoray.models import sr_kernels
-
-            by_bucket = None if from_key is None else from_key.mT.contiguous()
-            out, weights = sr_kernels.attend(q, k, v, from_query, by_bucket, buckets, top_h)
-        else:
-            weights = _weights(q, k, from_query, from_key, maps, top_h)
-            out = weights @ v
-        out = out.unflatten(0, shape)
+        weights = _weights(q, k, from_query, from_key, maps, top_h)
+        out = (weights @ v).unflatten(0, shape)
         if tables is None or maps is None:
             return out, weights, v.new_empty(0)
         sums = sums_for_queries(weights, maps).contiguous().unflatten(0, shape)
@@ -118,10 +85,11 @@ def attend(
 
 
 @attend.register_fake
-def _(q, k, v, r_k, r_q, r_v, buckets, maps, top_h, scale, kernels):
+def _(q, k, v, r_k, r_q, r_v, maps, top_h, scale):
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     sums = v.new_empty(0) if r_k is None else v.new_empty(*v.shape[:-1], NUM_BUCKETS)
-    return out, empty_pairs(v.flatten(0, 1), padded=kernels), sums
+    tokens = v.shape[2]
+    return out, v.new_empty(v.shape[0] * v.shape[1], tokens, tokens), sums
 
 
 def _weights(
@@ -155,13 +123,11 @@ def attend_backward(
     r_k: Tensor | None,
     r_q: Tensor | None,
     r_v: Tensor | None,
-    buckets: Tensor | None,
     maps: Tensor | None,
     out: Tensor,
     weights: Tensor,
     sums: Tensor,
     scale: float,
-    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients for q, k, v (B, H, N, d) and the tables (empty where there are none).
 
@@ -171,7 +137,7 @@ def attend_backward(
     Args:
         grad: (B, H, N, d), for the output; the rest as `attend` takes and returns it.
     """
-    with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
+    with torch.autocast(v.device.type, enabled=False):
         tables = _tables(r_k, r_q, r_v, scale, v.dtype)
         shape = v.shape[:2]
         q, k, v, grad, out = (t.contiguous() for t in (q * scale, k, v, grad, out))
@@ -179,19 +145,12 @@ def attend_backward(
         flat_grad, flat_q, flat_k, flat_v, flat_out = (
             t.flatten(0, 1) for t in (grad, q, k, v, out)
         )
-        if kernels:
-            from cytoray.models import sr_kernels
-
-            slope, grad_q = sr_kernels.slopes(
-                flat_grad, flat_out, flat_k, flat_v, weights, from_value, buckets
-            )
-        else:
-            slope = (flat_grad @ flat_v.mT).to(torch.promote_types(v.dtype, torch.float32))
-            if from_value is not None:
-                slope += pairs_from_queries(from_value, _known(maps))
-            slope -= (flat_grad * flat_out).sum(-1, keepdim=True, dtype=slope.dtype)
-            slope = slope.mul_(weights).to(v.dtype)
-            grad_q = slope @ flat_k
+        slope = (flat_grad @ flat_v.mT).to(torch.promote_types(v.dtype, torch.float32))
+        if from_value is not None:
+            slope += pairs_from_queries(from_value, _known(maps))
+        slope -= (flat_grad * flat_out).sum(-1, keepdim=True, dtype=slope.dtype)
+        slope = slope.mul_(weights).to(v.dtype)
+        grad_q = slope @ flat_k
         grad_q, grad_k, grad_v = (
             t.unflatten(0, shape) for t in (grad_q, slope.mT @ flat_q, weights.mT @ flat_grad)
         )
@@ -213,7 +172,7 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(grad, q, k, v, r_k, r_q, r_v, buckets, maps, out, weights, sums, scale, kernels):
+def _(grad, q, k, v, r_k, r_q, r_v, maps, out, weights, sums, scale):
     like = (q, k, v) if r_k is None else (q, k, v, r_k, r_q, r_v)
     made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
     return *made, *(v.new_empty(0) for _ in range(6 - len(made)))
@@ -232,18 +191,18 @@ def _products(sums: Tensor, vectors: Tensor, per_head: bool) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, ctx.scale, ctx.kernels = inputs
+    *tensors, _, ctx.scale = inputs
     ctx.set_materialize_grads(False)  # those of the weights would be as large as they are
     ctx.save_for_backward(*tensors, *output)
 
 
 def _go_back(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 9
     saved = ctx.saved_tensors
-    found = attend_backward(grad, *saved, ctx.scale, ctx.kernels)
+    found = attend_backward(grad, *saved, ctx.scale)
     grads = found if saved[3] is not None else (*found[:3], None, None, None)
-    return *grads, *(None,) * 5
+    return *grads, *(None,) * 3
 
 
 attend.register_autograd(_go_back, setup_context=_keep)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from cytoray.errors import InputError, raise_problems
 from cytoray.models.irpe import NUM_BUCKETS, Grid, PatchGrids
-from cytoray.models.sr_attention import fast_sr_attention, sr_attention
-from cytoray.models.sr_ops import kernels_serve
+from cytoray.models.sr_attention import fast_sr_attention, kernels_serve, sr_attention
 
 SR_TABLES = ("rel_k", "rel_q", "rel_v")  # parameters that a timm attention does not have
 FORMS = ("auto", "torch", "plain")
@@ -97,6 +96,7 @@ class SRAttention(nn.Module):
         self.is_fused = source.qkv is not None
         self.has_separate_bias = getattr(source, "q_bias", None) is not None
         self.has_gate = source.gate is not None
+        self.is_plain = type(source) is Attention
         self.grids = grids
         self.config = config
         shape = (NUM_BUCKETS, self.head_dim)
@@ -127,14 +127,22 @@ class SRAttention(nn.Module):
         """
         if is_causal:
             raise InputError("SR-attention lets every patch see all others; is_causal must be off")
-        q, k, v = self._project(x, rope)
-        grids = self.grids.of(x.shape[1]) if self.config.irpe else self.grids.noted(x.shape[1])
-        out = self._attend(q, k, v, grids, attn_mask).transpose(1, 2).flatten(2)
+        out = self.mix(*self._project(x, rope), attn_mask).transpose(1, 2).flatten(2)
         parts = cast(Any, self)
         out = parts.norm(out)
         if self.has_gate:
             out = out * parts.gate(x).sigmoid()
         return parts.proj_drop(parts.proj(out))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend, without the layers before and after: (B, H, N, d) to the same.
+
+        Raises:
+            InputError: tokens of unknown grid.
+        """
+        tokens = q.shape[2]
+        grids = self.grids.of(tokens) if self.config.irpe else self.grids.noted(tokens)
+        return self._attend(q, k, v, grids, mask)
 
     def _project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, N, d), in one type."""
@@ -191,12 +199,14 @@ class SRAttention(nn.Module):
         tables = (self.rel_k, self.rel_q, self.rel_v)
         plain = mask is not None or self.config.form == "plain"
         kernels = not plain and self.config.form == "auto" and kernels_serve(v)
-        index, small, maps = None, None, None
+        buckets = None
         if grid is not None and self.config.irpe:
-            index, small, maps = self.grids.buckets(grid, q.device, q.dtype)
+            buckets = self.grids.buckets(grid, q.device, q.dtype)
         if plain:
+            index = None if buckets is None else buckets.index
             return sr_attention(q, k, v, *tables, index, top_h, self.scale, mask)
-        return fast_sr_attention(q, k, v, *tables, small, maps, top_h, self.scale, kernels=kernels)
+        maps = None if buckets is None else buckets.kernel if kernels else buckets.maps
+        return fast_sr_attention(q, k, v, *tables, maps, top_h, self.scale, kernels=kernels)
 
 
 def use_sr(

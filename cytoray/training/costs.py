@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from cytoray.device_peaks import peak_of_device
-from cytoray.models import sr_ops  # noqa: F401 (makes the operation known)
+from cytoray.models import sr_attention  # noqa: F401 (makes its operations known)
 from cytoray.models.backbones import Backbone
 from cytoray.ssl.methods import METHODS
 from cytoray.training.config import PretrainConfig

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cytoray.compilation import allow_many_codes, can_compile
-from cytoray.models.linear import use_cpu_products
+from cytoray.models.linear import use_cpu_products, use_patch_products
 
 
 def set_block_passes(
@@ -19,6 +19,8 @@ def set_block_passes(
         allow_many_codes()
     if device.type == "cpu":
         use_cpu_products(method)
+    if device.type == "cuda":
+        use_patch_products(method)
     for module in method.modules():
         if hasattr(module, "pack"):
             module.pack = pack  # type: ignore[assignment]

@@ -60,7 +60,7 @@ def test_ties_are_all_kept():
     none = (None, None, None, None)
     q5 = q.expand(1, 1, 5, 1)
     assert torch.allclose(sr_attention(q5, k, v, *none, 2, 1.0)[0, 0, 0], expected)
-    assert torch.allclose(fast_sr_attention(q5, k, v, *none, None, 2, 1.0)[0, 0, 0], expected)
+    assert torch.allclose(fast_sr_attention(q5, k, v, *none, 2, 1.0)[0, 0, 0], expected)
 
 
 @pytest.mark.parametrize("form", ["gather", "one_hot"])
@@ -76,7 +76,7 @@ def test_fast_form_is_the_definition(irpe, top_h, per_head, form):
     leaves = [x for x in (*qkv, *tables) if x is not None]
     weight = torch.randn_like(qkv[0])
     expected = sr_attention(*qkv, *tables, index, top_h, SCALE)
-    got = fast_sr_attention(*qkv, *tables, index, maps, top_h, SCALE)
+    got = fast_sr_attention(*qkv, *tables, maps, top_h, SCALE)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     wanted = torch.autograd.grad((expected * weight).sum(), leaves)
     for mine, reference in zip(
@@ -94,7 +94,7 @@ def test_fast_form_at_the_size_of_a_crop():
     weight = torch.randn_like(q)
     outs = [
         sr_attention(q, k, v, *tables, index, 16, 0.125),
-        fast_sr_attention(q, k, v, *tables, index, gather_maps(index), 16, 0.125),
+        fast_sr_attention(q, k, v, *tables, gather_maps(index), 16, 0.125),
     ]
     torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=1e-5)
     expected, got = (torch.autograd.grad((o * weight).sum(), [q, k, v, *tables]) for o in outs)
@@ -107,7 +107,7 @@ def test_gradients_by_finite_differences():
     maps = gather_maps(bucket_index(*GRID, PREFIX))
 
     def run(*leaves):
-        return fast_sr_attention(*leaves, None, maps, 5, SCALE)
+        return fast_sr_attention(*leaves, maps, 5, SCALE)
 
     assert torch.autograd.gradcheck(run, (*qkv, *tables), fast_mode=True)
 
@@ -119,8 +119,8 @@ def test_all_kept_and_zero_tables_is_plain_attention():
     plain = F.scaled_dot_product_attention(*qkv)
     for got in (
         sr_attention(*qkv, *zeros, bucket_index(*GRID, PREFIX), TOKENS, SCALE),
-        fast_sr_attention(*qkv, *zeros, None, maps, TOKENS, SCALE),
-        fast_sr_attention(*qkv, *[None] * 5, TOKENS + 9, SCALE),
+        fast_sr_attention(*qkv, *zeros, maps, TOKENS, SCALE),
+        fast_sr_attention(*qkv, *[None] * 4, TOKENS + 9, SCALE),
     ):
         torch.testing.assert_close(got, plain, atol=1e-6, rtol=1e-6)
 
@@ -158,7 +158,7 @@ def test_diverged_values_are_not_hidden(bad):
     maps = gather_maps(bucket_index(*GRID, PREFIX))
     with torch.no_grad():
         qkv[1][0, 0, 3, 2] = bad
-    out = fast_sr_attention(*qkv, *tables, None, maps, 4, SCALE)
+    out = fast_sr_attention(*qkv, *tables, maps, 4, SCALE)
     assert not out[0, 0].isfinite().all()
     assert out[1:].isfinite().all()
 
@@ -174,5 +174,5 @@ def test_as_an_operation_it_keeps_the_rules(kind, dtype):
     qkv = [x.requires_grad_() for x in qkv]
     index = bucket_index(*GRID, PREFIX)
     maps = one_hot_maps(index, dtype) if kind == "one-hot" else gather_maps(index)
-    given = (None,) * 5 if kind == "none" else (*tables, index.to(torch.uint8), maps)
-    torch.library.opcheck(attend, (*qkv, *given, 4, SCALE, False))
+    given = (None,) * 4 if kind == "none" else (*tables, maps)
+    torch.library.opcheck(attend, (*qkv, *given, 4, SCALE))

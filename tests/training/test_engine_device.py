@@ -131,11 +131,11 @@ def test_compiled_steps_are_the_steps(centering, drop_path, sr):
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"compile": False}])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_cuda_agrees_with_the_cpu_and_is_never_waited_for(method, changes):
-    config = _any_method(method, **changes)
+    config = _any_method(method, precision="auto", **changes)
     views = config.crops.num_local
     exact = [
         {k: float(v) for k, v in metrics.items()}
-        for engine in [PretrainEngine(config, "cpu")]
+        for engine in [PretrainEngine(replace(config, precision="fp32"), "cpu")]
         for metrics in [engine.step(_batch(s, num_local=views), s) for s in range(3)]
     ]
     engine = PretrainEngine(config, "cuda")

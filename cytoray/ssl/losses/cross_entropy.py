@@ -1,8 +1,8 @@
 """Cross-entropy against soft targets, in one pass over the logits.
 
 With 65,536 prototypes the logits are by far the largest tensors of a step. Written with ordinary
-operations the loss makes a dozen more of their size; here the gradient is computed together with
-the loss and is the only one: a few rows at a time, or by compiled code that reads the logits twice.
+operations the loss makes a dozen more of their size; here the gradient is the only one: computed
+together with the loss, a few rows at a time, or by compiled code in the backward pass.
 
 Shapes: n groups of v rows, K prototypes.
 """
@@ -51,31 +51,41 @@ def soft_cross_entropy(
     )
 
 
-def _loss_and_slope(
+def _loss_and_log_sum(
     logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient in the type of the logits; for compilers."""
+    """The loss, and of each row the logarithm its probabilities are divided by; for compilers."""
     scaled = logits.float() / temp
     log_sum = scaled.logsumexp(-1, keepdim=True)
     hit = (scaled * targets).sum(-1, keepdim=True)
-    weight = weights[:, None, None]
-    loss = (weight * (mass * log_sum - hit)).sum()
-    slope = (mass * (scaled - log_sum).exp() - targets) * (weight / temp)
-    return loss, slope.to(logits.dtype)
+    return (weights[:, None, None] * (mass * log_sum - hit)).sum(), log_sum
 
 
-def _loss_alone(
-    logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+def _slope(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    log_sum: Tensor,
+    upstream: Tensor,
+    temp: float,
+    mass: float,
 ) -> Tensor:
-    return _loss_and_slope(logits, targets, weights, temp, mass)[0]
+    """The gradient in the type of the logits; for compilers."""
+    shares = (logits.float() / temp - log_sum).exp()
+    factor = weights[:, None, None] * (upstream / temp)
+    return ((mass * shares - targets) * factor).to(logits.dtype)
 
 
 def _slope_in_place(
-    logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
-) -> Tensor:
-    loss, slope = _loss_and_slope(logits, targets, weights, temp, mass)
-    logits.copy_(slope)
-    return loss
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    log_sum: Tensor,
+    upstream: Tensor,
+    temp: float,
+    mass: float,
+) -> None:
+    logits.copy_(_slope(logits, targets, weights, log_sum, upstream, temp, mass))
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -90,18 +100,16 @@ class _SoftCrossEntropy(torch.autograd.Function):
         overwrite: bool,
         compile_backend: str | None,
     ) -> Tensor:
+        ctx.numbers, ctx.overwrite = (temp, mass), overwrite
+        ctx.backend = compile_backend if len(logits) else None
+        if compile_backend is not None and len(logits):
+            run = compiled(_loss_and_log_sum, compile_backend, dynamic=True)
+            total, log_sum = run(logits.detach(), targets, weights, temp, mass)
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward(logits, targets, weights, log_sum)
+            return total
         logits = logits.detach()
         gradient = None
-        if compile_backend is not None and len(logits):
-            what: Any = _loss_alone
-            if ctx.needs_input_grad[0]:
-                what = _slope_in_place if overwrite else _loss_and_slope
-            run = compiled(what, compile_backend, dynamic=True)
-            found = run(logits, targets, weights, temp, mass)
-            total, gradient = found if what is _loss_and_slope else (found, logits)
-            if ctx.needs_input_grad[0]:
-                ctx.save_for_backward(gradient)
-            return total
         if ctx.needs_input_grad[0]:
             gradient = logits if overwrite else torch.empty_like(logits)
         total = logits.new_zeros((), dtype=torch.float32)
@@ -133,9 +141,15 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
         # In place: going backward a second time is an error of autograd's own, not a wrong result.
-        return gradient.mul_(upstream), *[None] * 6
+        if ctx.backend is None:
+            (gradient,) = ctx.saved_tensors
+            return gradient.mul_(upstream), *[None] * 6
+        logits, *others = ctx.saved_tensors
+        what = _slope_in_place if ctx.overwrite else _slope
+        run = compiled(what, ctx.backend, dynamic=True)
+        slope = run(logits.detach(), *others, upstream, *ctx.numbers)
+        return logits.detach() if ctx.overwrite else slope, *[None] * 6
 
 
 def row_blocks(x: Tensor) -> list[slice]:

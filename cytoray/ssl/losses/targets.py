@@ -171,7 +171,7 @@ class MovingCentre(nn.Module):
         With `overwrite` the targets may take the memory of the logits.
         """
         total = logits.new_zeros(logits.shape[1] + 1, dtype=torch.float32)
-        total[-1] = logits.shape[0]
+        total[-1:].fill_(logits.shape[0])  # an assignment would wait for the device
         if self.compile_backend is not None and len(logits):
             sharpness = torch.full_like(total[-1], 1.0 / temp)
             run = compiled(_centred_softmax, self.compile_backend, dynamic=True)
