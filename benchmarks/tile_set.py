@@ -1,8 +1,8 @@
 """Kept tiles of an index with their nuclei in one file, to pretrain without slides and without Ray.
 
-    python -m benchmarks.tile_set --index INDEX --out tiles.npz
+    python -m benchmarks.tile_set --index INDEX --out tiles.npz [--quality 95]
 
-JPEG tiles (quality 95): a file of some ten MB can be carried to a machine that has a GPU and
+JPEG tiles: a file of some ten MB can be carried to a machine that has a GPU and
 nothing else. What is drawn for a tile in an epoch is what the streamed pretraining draws.
 """
 
@@ -26,8 +26,6 @@ from cytoray.slides import parse_tile_id
 from cytoray.streaming.chunk_nuclei import to_tile_frame
 from cytoray.streaming.plan import plan_of_index
 from cytoray.streaming.tile_pixels import ChunkTiles
-
-QUALITY = 95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +81,9 @@ def read_index(index: Path) -> TileSet:
     )
 
 
-def save_tiles(path: Path, tiles: TileSet) -> None:
+def save_tiles(path: Path, tiles: TileSet, quality: int = 95) -> None:
     """Write `.npz`: JPEG bytes end to end, where each ends, and nuclei likewise."""
-    coded = [simplejpeg.encode_jpeg(tile, QUALITY) for tile in tiles.pixels]
+    coded = [simplejpeg.encode_jpeg(tile, quality) for tile in tiles.pixels]
     with atomic_path(path) as draft, Path(draft).open("wb") as file:
         np.savez(
             file,
@@ -160,9 +158,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kept tiles of an index in one file.")
     parser.add_argument("--index", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEG tiles")
     args = parser.parse_args()
     tiles = read_index(args.index)
-    save_tiles(args.out, tiles)
+    save_tiles(args.out, tiles, args.quality)
     size_mb = args.out.stat().st_size / 1e6
     print(f"{len(tiles)} tiles, {sum(map(len, tiles.nuclei))} nuclei, {size_mb:.1f} MB: {args.out}")
 

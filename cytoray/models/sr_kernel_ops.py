@@ -37,7 +37,9 @@ def attend_by_kernels(
     else:
         tables = torch.stack([r_k, r_q, r_v]).to(v.dtype)
         tables = F.pad(tables, (0, 0, 0, PADDED_BUCKETS - NUM_BUCKETS))
-        out = attend(q, k, v, tables, *maps, tokens, top_h, scale)[0]
+        # By name: torch 2.11 cannot unpack a named tuple in code it compiles.
+        each = (maps.buckets, maps.of_queries, maps.of_keys)
+        out = attend(q, k, v, tables, *each, tokens, top_h, scale)[0]
     return out[:, :, :tokens]
 
 

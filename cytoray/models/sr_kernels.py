@@ -273,8 +273,8 @@ def slopes(
 
 
 # Keys a program holds -> rows it works on, and its warps.
-_ATTEND = {128: (64, 4), 256: (32, 4), 512: (16, 4)}
-_SLOPES = {128: (64, 4), 256: (32, 4), 512: (16, 4)}
+_ATTEND = {128: (64, 4), 256: (64, 4), 512: (16, 4)}
+_SLOPES = {128: (16, 4), 256: (32, 4), 512: (16, 4)}
 
 
 def _shape(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
