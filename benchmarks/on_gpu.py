@@ -4,9 +4,9 @@
         [--only tests step sr ablation] [--limit-s 900]
 
 For a box with a GPU and no Ray: it needs torch, timm and what the parts import. Compile caches are
-filled for all backbones side by side, beside the tests; what is timed then runs alone. Each part is
-a process of its own with a log in FOLDER; one that fails or outlasts the limit does not stop the
-next. The last line is JSON: for each part its exit status, seconds and last line.
+filled by networks of two blocks side by side, beside the tests; what is timed then runs alone. Each
+part is a process of its own with a log in FOLDER; one that fails or outlasts the limit does not
+stop the next. The last line is JSON: for each part its exit status, seconds and last line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class Part:
 
     @staticmethod
     def pytest(name: str, *arguments: str) -> Part:
-        return Part(name, ("pytest", "-q", "-p", "no:cacheprovider", *arguments))
+        side_by_side = ("-n", "6") if find_spec("xdist") else ()
+        return Part(name, ("pytest", "-q", "-p", "no:cacheprovider", *side_by_side, *arguments))
 
 
 def run(part: Part, folder: Path, until: float) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def beside(options: argparse.Namespace) -> list[Part]:
         ]
     if "step" in options.only:
         parts += [
-            Part(f"warm_{name}", (*_step(name), "--rounds", "1", "--no-lightly"))
+            Part(f"warm_{name}", (*_step(name), "--depth", "2", "--rounds", "1", "--no-lightly"))
             for name in BATCH_CUDA
         ]
     return parts

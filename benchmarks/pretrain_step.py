@@ -9,21 +9,24 @@ the losses DINO + iBOT + 0.1 KoLeo with centring (lightly has no Sinkhorn), Adam
 no drop path. Steps are taken in turn, ours with SR-attention among them, all in the same precision:
 the default of a pretraining (bf16 where the device has it in hardware), then fp32. lightly is a
 development dependency: without it ours is measured alone. On CUDA the backbones are ViT-S, B and L
-in bf16 (ours with compiled blocks and packed crops), lightly stands beside the first, and the
+in bf16 (ours with compiled blocks and packed crops), lightly stands beside the first, one is
+measured after the other, four steps in a row with nothing waited for between, as in a run, and the
 profile is shown. The last line is JSON: of the first backbone in the first precision vs_lightly,
-the median ratio of seconds (above 1, ours is faster), tiles_per_s and mfu, the share of the
-device's dense bf16 peak that the recipe's operations make up (null where the peak is not known);
-sr_vs_plain, the median ratio of a step with SR-attention to one without; device; and the same of
-every backbone and precision.
+the median ratio of seconds (above 1, ours is faster; null where it found no room), tiles_per_s and
+mfu, the share of the device's dense bf16 peak that the recipe's operations make up (null where the
+peak is not known); sr_vs_plain, the median ratio of a step with SR-attention to one without;
+host_ms, what the host needs to launch a step (as long as the step itself: the device waits for the
+host, so take larger batches); device; and the same of every backbone and precision.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,12 +57,21 @@ except ImportError:
 
 Step = Callable[[int], Any]
 TINY = "vit_tiny_patch16_224"
+STEPS_CUDA = 4  # of a round
 # Tiles a step that fill a large GPU.
 BATCH_CUDA = {
-    "vit_small_patch16_224": 128,
-    "vit_base_patch16_224": 64,
-    "vit_large_patch16_224": 32,
+    "vit_small_patch16_224": 256,
+    "vit_base_patch16_224": 128,
+    "vit_large_patch16_224": 64,
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a step of each round, and milliseconds until a step is launched."""
+
+    seconds: np.ndarray
+    host_ms: float
 
 
 def crops(config: PretrainConfig, device: torch.device) -> dict[str, Tensor]:
@@ -147,24 +159,43 @@ def lightly_step(config: PretrainConfig, device: torch.device) -> Step:
     return step
 
 
-def measure(
-    steps: dict[str, Step], rounds: int, warm_up: int, device: torch.device
-) -> dict[str, np.ndarray]:
-    """Seconds of every step, interleaved: name to (rounds,), after `warm_up` rounds."""
+def measure(builds: dict[str, Callable[[], Step]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of every step, interleaved on a CPU: name to (rounds,), after one round."""
+    steps = {name: build() for name, build in builds.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + warm_up):
+    for number in range(rounds + 1):
         for name, step in steps.items():
-            _wait(device)
             began = time.perf_counter()
             step(number)
-            _wait(device)
             seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(values[warm_up:]) for name, values in seconds.items()}
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def measure_cuda(build: Callable[[], Step], rounds: int, *, profiled: bool) -> Measured | None:
+    """Steps on a CUDA device, which has room for one network at a time; None: not even that."""
+    try:
+        step = build()
+        for number in range(3):
+            step(number)
+        seconds, host = [], []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            step(3)
+            host.append(time.perf_counter() - began)
+            for number in range(1, STEPS_CUDA):
+                step(3 + number)
+            torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - began) / STEPS_CUDA)
+        if profiled:
+            show_profile(step, torch.device("cuda"))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        step = None  # type: ignore[assignment]
+        gc.collect()
+        torch.cuda.empty_cache()
+    return Measured(np.array(seconds), 1e3 * float(np.median(host)))
 
 
 def show_profile(step: Step, device: torch.device) -> None:
@@ -174,9 +205,10 @@ def show_profile(step: Step, device: torch.device) -> None:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile:
         step(1)
-        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     by = f"self_{device.type}_time_total"
-    print(profile.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=60))
+    print(profile.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=60))
 
 
 def settings(
@@ -208,29 +240,47 @@ def measure_backbone(
 ) -> dict[str, float | None]:
     """Speed of one backbone in one precision, and a table on the way."""
     with_sr = replace(config.backbone, sr=SRConfig(sparse=True, irpe=True))
-    ours = our_step(config, device)
-    steps = {"ours": ours, "with SR": our_step(replace(config, backbone=with_sr), device)}
+    builds: dict[str, Callable[[], Step]] = {
+        "ours": lambda: our_step(config, device),
+        "with SR": lambda: our_step(replace(config, backbone=with_sr), device),
+    }
     if beside_lightly:
-        steps["lightly's parts"] = lightly_step(config, device)
-    warm_up = 3 if device.type == "cuda" else 1
-    seconds = measure(steps, options.rounds, warm_up, device)
+        builds["lightly's parts"] = lambda: lightly_step(config, device)
     threads = f"{torch.get_num_threads()} threads, " if device.type == "cpu" else ""
     precision = resolve_precision(config.precision, device)
     print(f"{config.backbone.name}, {config.batch_size} tiles, {precision}, {threads}{device}")
+    host_ms = None
+    if device.type == "cuda":
+        seconds = {}
+        for name, build in builds.items():
+            shown = name == "ours" or (options.profile and name == "with SR")
+            measured = measure_cuda(build, options.rounds, profiled=shown)
+            if measured is None:
+                print(f"{name:16s} out of memory")
+                continue
+            seconds[name] = measured.seconds
+            host_ms = round(measured.host_ms, 1) if name == "ours" else host_ms
+    else:
+        seconds = measure(builds, options.rounds)
+        if options.profile:
+            show_profile(builds["ours"](), device)
     for name, values in seconds.items():
         print(f"{name:16s} {1e3 * np.median(values):9.1f} ms a step")
-    if options.profile or device.type == "cuda":
-        show_profile(ours, device)
+    if "ours" not in seconds:
+        return dict.fromkeys(("vs_lightly", "tiles_per_s", "mfu", "sr_vs_plain", "host_ms"))
     speed, peak = config.batch_size / float(np.median(seconds["ours"])), peak_flops(device)
-    found: dict[str, float | None] = {
-        "vs_lightly": round(float(np.median(seconds["lightly's parts"] / seconds["ours"])), 3)
-        if beside_lightly
-        else None,
+
+    def ratio(name: str) -> float | None:
+        other = seconds.get(name)
+        return None if other is None else round(float(np.median(other / seconds["ours"])), 3)
+
+    return {
+        "vs_lightly": ratio("lightly's parts"),
         "tiles_per_s": round(speed, 2),
         "mfu": round(step_costs(config).flops_per_tile * speed / peak, 4) if peak else None,
-        "sr_vs_plain": round(float(np.median(seconds["with SR"] / seconds["ours"])), 3),
+        "sr_vs_plain": ratio("with SR"),
+        "host_ms": host_ms,
     }
-    return found
 
 
 def main() -> None:

@@ -129,23 +129,28 @@ def _attention(attn: Any, x: Tensor, sizes: Sizes) -> Tensor:
 
     Another kind goes group by group.
     """
-    is_sr = type(attn) is SRAttention and attn.is_plain
-    if not is_sr and type(attn) is not Attention:
+    if not _projects_rows(attn):
         return _by_group(attn, x, sizes)
+    mix = getattr(attn, "mix", None)  # of SR-attention
     done = []
     for group in split_groups(attn.qkv(x), sizes):
         q, k, v = group.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-        if is_sr:
-            out = attn.mix(q, k, v)
-        else:
+        if mix is None:
             out = _weighted_values(q, k, v, attn.attn_drop.p if attn.training else 0.0)
+        else:
+            out = mix(q, k, v)
         done.append(out.transpose(1, 2).flatten(2))
     out = attn.norm(join_groups(done))
     gate = getattr(attn, "gate", None)  # SR-attention has none of the parts that were None
     if gate is not None:
         out = out * gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))
+
+
+def _projects_rows(attn: Any) -> bool:
+    """Whether queries, keys and values are one linear layer of the tokens, and no more is asked."""
+    return type(attn) is Attention or (isinstance(attn, SRAttention) and attn.is_plain)
 
 
 def _weighted_values(q: Tensor, k: Tensor, v: Tensor, dropped: float) -> Tensor:

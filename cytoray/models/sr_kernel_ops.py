@@ -74,9 +74,9 @@ def attend(
         if tables is not None:
             from_query = (q @ tables[0].mT).flatten(0, 1)
             from_key = (tables[1] @ k.mT).flatten(0, 1)
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
         out, weights = sr_kernels.attend(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            *(from_query, from_key, buckets),
+            flat_q, flat_k, flat_v, from_query, from_key, buckets,
             tokens=tokens, top_h=top_h, scale=scale,
         )  # fmt: skip
         out = out.view(v.shape)
@@ -121,11 +121,11 @@ def attend_backward(
     with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
         grad = grad.contiguous()
         from_value = None if tables is None else (grad @ tables[2].mT).flatten(0, 1)
-        flat_grad, flat_q = grad.flatten(0, 1), q.flatten(0, 1)
+        flat_grad, flat_out, flat_q, flat_k, flat_v = (
+            x.flatten(0, 1) for x in (grad, out, q, k, v)
+        )
         slope, turned, grad_q = sr_kernels.slopes(
-            *(flat_grad, *(x.flatten(0, 1) for x in (out, k, v))),
-            *(weights, from_value, buckets),
-            scale=scale,
+            flat_grad, flat_out, flat_k, flat_v, weights, from_value, buckets, scale=scale
         )
         grad_q, grad_k, grad_v = (
             x.view(v.shape) for x in (grad_q, turned @ flat_q, weights.mT @ flat_grad)

@@ -55,20 +55,20 @@ def _value_of(keys):
 
 
 @triton.jit
-def _keep_largest(scores, top_h, real, columns_real, BY_VALUE: tl.constexpr):
+def _keep_largest(scores, lowest, highest, top_h, real, BY_VALUE: tl.constexpr):
     """-inf below the h-th largest of each row; ties and NaN stay. Rows that are not real pass.
 
+    `lowest` is at most the least of a row, `highest` its largest score.
     The interval around the threshold is halved until h scores lie at or above its lower end (the
     threshold is that end), or h - 1 at or above its upper end (it is the largest score below), or
     no float lies between the ends, as where several scores tie. The first `BY_VALUE` rounds halve
     between the values; later ones between the integers of the same order, of which there are as
     many around 0 as in the whole rest: that always ends.
     """
-    low = tl.min(tl.where(columns_real[None, :], scores, float("inf")), axis=1)
-    low_key = _key_of(low)
-    high_key = tl.minimum(_key_of(tl.max(scores, axis=1)), 0x7FFFFFFE) + 1
+    low_key = _key_of(lowest)
+    high_key = tl.minimum(_key_of(highest), 0x7FFFFFFE) + 1
     high_key = tl.where(real, high_key, low_key + 1)
-    is_above = high_key > 0x7FFFFFFF  # no row yet
+    is_above = tl.zeros_like(low_key) > 0  # no row yet
     unsettled, rounds = 1, 0
     while unsettled > 0:
         middle = (low_key >> 1) + (high_key >> 1) + (low_key & high_key & 1)
@@ -76,7 +76,7 @@ def _keep_largest(scores, top_h, real, columns_real, BY_VALUE: tl.constexpr):
         usable = (halfway > low_key) & (halfway < high_key) & (rounds < BY_VALUE)
         middle = tl.where(usable, halfway, middle)
         rounds += 1
-        count = tl.sum((scores >= _value_of(middle)[:, None]).to(tl.int32), axis=1)
+        count = tl.sum((scores >= _value_of(middle)[:, None]).to(tl.float32), axis=1).to(tl.int32)
         going = (high_key > low_key + 1) & (is_above == 0)
         is_low = going & (count >= top_h)
         is_high = going & (count < top_h)
@@ -88,8 +88,7 @@ def _keep_largest(scores, top_h, real, columns_real, BY_VALUE: tl.constexpr):
         unsettled = tl.max(going.to(tl.int32), axis=0)
     below = tl.where(scores < _value_of(high_key)[:, None], scores, -float("inf"))
     threshold = tl.where(is_above, tl.max(below, axis=1), _value_of(low_key))
-    kept = (scores >= threshold[:, None]) | (scores != scores)
-    return tl.where(kept, scores, -float("inf"))
+    return tl.where(scores < threshold[:, None], -float("inf"), scores)  # NaN stays
 
 
 @triton.jit
@@ -132,12 +131,15 @@ def _attend_kernel(
     q_tile = _tile(q + start, i, c, width, padded, width)
     k_tile = _tile(k + start, j, c, width, padded, width)
     scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-    scores = tl.where(j[None, :] < tokens, scores * scale, -float("inf"))
+    lowest = tl.min(scores, axis=1)  # of a padded row, which has zeros: not above the least
+    scores = tl.where(j[None, :] < tokens, scores, -float("inf"))
+    highest = tl.max(scores, axis=1)
     if SPARSE:
-        scores = _keep_largest(scores, top_h, i < tokens, j < tokens, BY_VALUE)
-    shares = tl.exp(scores - tl.max(scores, axis=1)[:, None])
-    shares = shares * (1.0 / tl.sum(shares, axis=1))[:, None]
-    shares = tl.where(i[:, None] < tokens, shares, 0.0).to(v.dtype.element_ty)
+        scores = _keep_largest(scores, lowest, highest, top_h, i < tokens, BY_VALUE)
+    sharpness = scale * 1.4426950408889634  # exp(x) = 2^(x log2 e)
+    shares = tl.exp2(scores * sharpness - (highest * sharpness)[:, None])
+    factor = tl.where(i < tokens, 1.0 / tl.sum(shares, axis=1), 0.0)
+    shares = (shares * factor[:, None]).to(v.dtype.element_ty)
     _put(weights + n * padded * padded, shares, i, j, padded, padded, padded)
     v_tile = _tile(v + start, j, c, width, padded, width)
     mixed = tl.dot(shares, v_tile, input_precision=PRECISION)
@@ -184,7 +186,7 @@ def _slope_kernel(
     steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
     shares = _tile(weights + pairs, i, j, padded, padded, padded)
-    steep = shares.to(tl.float32) * ((steep - mean[:, None]) * scale)
+    steep = shares.to(tl.float32) * (steep * scale - (mean * scale)[:, None])
     steep = steep.to(k.dtype.element_ty)
     _put(slope + pairs, steep, i, j, padded, padded, padded)
     _put(turned + pairs, tl.trans(steep), j, i, padded, padded, padded)
@@ -216,7 +218,7 @@ def attend(
         buckets: uint8 (T, T).
         tokens: how many of the T tokens there are.
         top_h: keys that each query keeps, at most `tokens`; None: all.
-        scale: of the scores.
+        scale: of the scores, above 0.
 
     Returns:
         (n, T, d), without r^V, and weights (n, T, T).
@@ -288,9 +290,7 @@ def _programs(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
     return triton.cdiv(v.shape[1], _shape(v, shapes)[1]), v.shape[0]
 
 
-def _options(
-    v: Tensor, table: Tensor | None, shapes: dict[int, tuple[int, int]]
-) -> dict[str, Any]:
+def _options(v: Tensor, table: Tensor | None, shapes: dict[int, tuple[int, int]]) -> dict[str, Any]:
     """What a kernel is compiled for. float32 products are made in full, as the definition's."""
     keys, rows, warps = _shape(v, shapes)
     return {

@@ -166,3 +166,27 @@ def test_attention_in_its_parts_is_the_fused_one_to_the_precision_of_bf16() -> N
         assert a.grad is not None
         assert b.grad is not None
         torch.testing.assert_close(a.grad.float(), b.grad, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["plain", "registers, LayerScale", "no fixed block"])
+def test_tokens_between_blocks_are_of_the_type_of_the_products(monkeypatch, name) -> None:
+    backbone, px = _backbone(name)
+    images = torch.randn(3, 3, px, px)
+    exact = backbone(images)
+    seen = []
+    run = block_pass.residual
+
+    def noted(block, x, *args):
+        out = run(block, x, *args)
+        seen.append((x.dtype, out.dtype))
+        return out
+
+    for block in backbone.vit.blocks:
+        monkeypatch.setattr(block, "residual", lambda *args, b=block: noted(b, *args))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = backbone(images)
+    kinds = {kind for pair in seen for kind in pair}
+    if name != "no fixed block":  # that one adds its branches itself
+        assert kinds == {torch.bfloat16}
+    assert seen[0][0] == torch.bfloat16
+    assert (low.cls.float() - exact.cls).norm() < 0.05 * exact.cls.norm()

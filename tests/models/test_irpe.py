@@ -6,12 +6,15 @@ import torch
 from cytoray.errors import InputError
 from cytoray.models.irpe import (
     NUM_BUCKETS,
+    PADDED_BUCKETS,
     PatchGrids,
     axis_bin,
     bucket_index,
     cached_buckets,
     gather_maps,
+    kernel_maps,
     one_hot_maps,
+    padded_tokens,
     pair_maps,
     pairs_from_keys,
     pairs_from_queries,
@@ -89,6 +92,23 @@ def test_pairs_and_sums_against_loops(form):
     torch.testing.assert_close(pairs_from_keys(table, maps), from_keys)
     torch.testing.assert_close(sums_for_queries(pairs, maps), for_queries)
     torch.testing.assert_close(sums_for_keys(pairs, maps), for_keys)
+
+
+def test_maps_of_the_kernels_are_padded_by_zeros():
+    index = bucket_index(3, 5, 1)
+    tokens, padded = len(index), padded_tokens(len(index))
+    assert (tokens, padded, padded_tokens(32), PADDED_BUCKETS) == (16, 16, 32, 64)
+    index = bucket_index(4, 5, 1)
+    tokens, padded = len(index), padded_tokens(len(index))
+    assert (tokens, padded) == (21, 32)
+    maps = kernel_maps(index, torch.float64)
+    assert maps.buckets.shape == (padded, padded)
+    assert torch.equal(maps.buckets[:tokens, :tokens].long(), index)
+    one_hot = one_hot_maps(index, torch.float64)
+    for made, wanted in ((maps.of_queries, one_hot), (maps.of_keys, one_hot.transpose(0, 1))):
+        assert made.shape == (padded, padded, PADDED_BUCKETS)
+        assert torch.equal(made[:tokens, :tokens, :NUM_BUCKETS], wanted)
+        assert made.sum() == wanted.sum()
 
 
 def test_maps_are_made_once_and_serve_training_after_inference():

@@ -1,9 +1,17 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cytoray.models.linear import Linear, linear, use_cpu_products
+from cytoray.models.linear import (
+    Linear,
+    PatchProjection,
+    linear,
+    use_cpu_products,
+    use_patch_products,
+)
 
 
 def relative(mine, reference):
@@ -91,3 +99,40 @@ def test_a_model_keeps_its_names_and_answers() -> None:
     assert torch.allclose(got, want, atol=1e-5)
     assert list(plain.state_dict()) == names
     assert torch.allclose(plain(x[0, 0]), want[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 50)])
+def test_a_patch_projection_is_the_convolution(height, width, autocast):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 20, 16, stride=16)
+    product = nn.Sequential(copy.deepcopy(plain))
+    use_patch_products(product)
+    assert type(product[0]) is PatchProjection
+    images = [torch.randn(2, 3, height, width, requires_grad=True)]
+    images.append(images[0].detach().clone().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        want, got = plain(images[0]), product(images[1])
+    assert got.shape == want.shape == (2, 20, height // 16, width // 16)
+    assert got.dtype == want.dtype
+    limit = 2e-2 if autocast else 1e-5
+    assert relative(got, want) < limit
+    for out in (want, got):
+        out.float().square().sum().backward()
+    for mine, reference in zip(
+        (images[1], *product.parameters()), (images[0], *plain.parameters()), strict=True
+    ):
+        assert mine.grad is not None
+        assert relative(mine.grad, reference.grad) < limit
+
+
+def test_only_convolutions_that_cut_patches_become_products():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 4, stride=4),
+        nn.Conv2d(3, 4, 4, stride=2),
+        nn.Conv2d(3, 4, 4, stride=4, padding=1),
+        nn.Conv2d(4, 4, 4, stride=4, groups=2),
+        nn.Conv2d(3, 4, 1),
+    )
+    use_patch_products(model)
+    assert [type(m) for m in model] == [PatchProjection, *[nn.Conv2d] * 4]
