@@ -76,7 +76,9 @@ def _keep_largest(scores, lowest, highest, top_h, real, BY_VALUE: tl.constexpr):
         usable = (halfway > low_key) & (halfway < high_key) & (rounds < BY_VALUE)
         middle = tl.where(usable, halfway, middle)
         rounds += 1
-        count = tl.sum((scores >= _value_of(middle)[:, None]).to(tl.float32), axis=1).to(tl.int32)
+        # The sign of a difference is a comparison that needs no predicate.
+        apart = (scores - _value_of(middle)[:, None]).to(tl.uint32, bitcast=True)
+        count = scores.shape[1] - tl.sum(apart >> 31, axis=1).to(tl.int32)
         going = (high_key > low_key + 1) & (is_above == 0)
         is_low = going & (count >= top_h)
         is_high = going & (count < top_h)
