@@ -22,6 +22,7 @@ from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import all_sum, gather_rows
 from cytoray.ssl.dino_network import DINONetwork, LossSettings
 from cytoray.ssl.losses import KoleoLoss, build_targets, dino_loss, ibot_loss, koleo_loss
+from cytoray.ssl.losses.lazy_targets import LazyTargets
 from cytoray.ssl.masks import MaskedPatches
 from cytoray.ssl.monitor import effective_rank, entropy, feature_std
 from cytoray.ssl.moving_average import follow, momentum_copy
@@ -41,7 +42,7 @@ class _Masked:
 @dataclass(frozen=True)
 class _Targets:
     cls: Tensor  # float32 (b, G, K)
-    patches: Tensor | None  # float32 (M, K)
+    patches: Tensor | LazyTargets | None  # float32 (M, K)
     features: Tensor  # float (b, G, D)
 
 
@@ -147,10 +148,10 @@ class SelfDistillation(Method):
             context, patch_temp_at = batches[0].context, self.settings.patch_teacher_temp
             aims = self.cls_targets(logits, temp=context.teacher_temp, overwrite=True)
             aims = aims.split([len(x) for x in cls])
-            patch_aims: Sequence[Tensor | None] = [None] * len(batches)
+            patch_aims: Sequence[Tensor | LazyTargets | None] = [None] * len(batches)
             if patch_logits is not None:
                 temp = patch_temp_at(context.step) if patch_temp_at else context.teacher_temp
-                whole = self.patch_targets(patch_logits, temp=temp, overwrite=True)
+                whole = self.patch_targets(patch_logits, temp=temp, overwrite=True, lazy=True)
                 patch_aims = whole.split([len(x) for x in patches])
         return [
             _Targets(aim.unflatten(0, (-1, views)), patch_aim, x.unflatten(0, (-1, views)))

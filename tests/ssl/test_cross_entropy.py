@@ -5,6 +5,7 @@ import torch
 
 from cytoray.ssl.losses import cross_entropy
 from cytoray.ssl.losses import soft_cross_entropy as fused
+from cytoray.ssl.losses.lazy_targets import LazyTargets
 
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -68,6 +69,24 @@ def test_compiled_loss_is_the_definition(overwrite, backend) -> None:
         for found in (alone, loss):
             torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(logits.grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_targets_that_are_not_written_out_are_the_same(overwrite, backend) -> None:
+    logits, _, weights = make(6, 1, False)
+    teacher = torch.randn(6, logits.shape[-1])
+    sharp, centre = torch.tensor(1 / 0.05), torch.randn(logits.shape[-1])
+    row = -((teacher - centre) * sharp).logsumexp(-1)
+    lazy = LazyTargets(teacher, -centre * sharp, row, sharp)
+    targets = ((teacher - centre) * sharp).softmax(-1).unsqueeze(1)
+    torch.testing.assert_close(lazy.written().unsqueeze(1), targets)
+    expected = plain(logits, targets, weights, 0.1, 1.0)
+    (wanted,) = torch.autograd.grad(3.0 * expected, logits)
+    loss = fused(logits, lazy, weights, temp=0.1, overwrite=overwrite, compile_backend=backend)
+    (3.0 * loss).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.grad, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_loss_of_nothing_is_zero() -> None:

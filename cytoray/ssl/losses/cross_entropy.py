@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cytoray.compilation import compiled
+from cytoray.ssl.losses.lazy_targets import LazyTargets, probabilities
 
 # Rows worked on at once on a CPU: what stays in its cache. A GPU is given all at once.
 _CPU_BLOCK_BYTES = 4 << 20
@@ -23,7 +24,7 @@ _CPU_BLOCK_BYTES = 4 << 20
 
 def soft_cross_entropy(
     logits: Tensor,
-    targets: Tensor,
+    targets: Tensor | LazyTargets,
     weights: Tensor,
     *,
     temp: float,
@@ -36,7 +37,8 @@ def soft_cross_entropy(
     Args:
         logits: float (n, v, K), s.
         targets: float32 (n, v, K), or (n, 1, K) for targets that the rows of a group share; every
-            row sums to `mass`. No gradient.
+            row sums to `mass`. With `compile_backend` also `LazyTargets` of n rows, which groups
+            share. No gradient.
         weights: float32 (n,), w. No gradient.
         temp: temperature of the student.
         mass: what a row of targets sums to; above 1 it is the sum of several targets.
@@ -46,46 +48,53 @@ def soft_cross_entropy(
     Returns:
         float32 scalar. It can be differentiated once.
     """
+    parts: tuple[Tensor, ...]
+    if isinstance(targets, Tensor):
+        parts = (targets,)
+    elif compile_backend is None or not len(logits):
+        parts = (targets.written().unsqueeze(1),)
+    else:
+        parts = (targets.logits, targets.column, targets.row, targets.sharpness)
     return _SoftCrossEntropy.apply(  # type: ignore[no-any-return]
-        logits, targets, weights, temp, mass, overwrite, compile_backend
+        logits, weights, temp, mass, overwrite, compile_backend, *parts
     )
 
 
+def _written(targets: tuple[Tensor, ...]) -> Tensor:
+    """Targets of a loss, given as they are or as the parts of `LazyTargets`."""
+    if len(targets) == 1:
+        return targets[0]
+    logits, column, row, sharpness = targets
+    return probabilities(logits, column, row, sharpness).unsqueeze(1)
+
+
 def _loss_and_log_sum(
-    logits: Tensor, targets: Tensor, weights: Tensor, temp: float, mass: float
+    logits: Tensor, weights: Tensor, temp: float, mass: float, *targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss, and of each row the logarithm its probabilities are divided by; for compilers."""
     scaled = logits.float() / temp
     log_sum = scaled.logsumexp(-1, keepdim=True)
-    hit = (scaled * targets).sum(-1, keepdim=True)
+    hit = (scaled * _written(targets)).sum(-1, keepdim=True)
     return (weights[:, None, None] * (mass * log_sum - hit)).sum(), log_sum
 
 
 def _slope(
     logits: Tensor,
-    targets: Tensor,
     weights: Tensor,
     log_sum: Tensor,
     upstream: Tensor,
     temp: float,
     mass: float,
+    *targets: Tensor,
 ) -> Tensor:
     """The gradient in the type of the logits; for compilers."""
     shares = (logits.float() / temp - log_sum).exp()
     factor = weights[:, None, None] * (upstream / temp)
-    return ((mass * shares - targets) * factor).to(logits.dtype)
+    return ((mass * shares - _written(targets)) * factor).to(logits.dtype)
 
 
-def _slope_in_place(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    log_sum: Tensor,
-    upstream: Tensor,
-    temp: float,
-    mass: float,
-) -> None:
-    logits.copy_(_slope(logits, targets, weights, log_sum, upstream, temp, mass))
+def _slope_in_place(logits: Tensor, *rest: Any) -> None:
+    logits.copy_(_slope(logits, *rest))
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -93,20 +102,20 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        targets: Tensor,
         weights: Tensor,
         temp: float,
         mass: float,
         overwrite: bool,
         compile_backend: str | None,
+        *targets: Tensor,
     ) -> Tensor:
         ctx.numbers, ctx.overwrite = (temp, mass), overwrite
         ctx.backend = compile_backend if len(logits) else None
         if compile_backend is not None and len(logits):
             run = compiled(_loss_and_log_sum, compile_backend, dynamic=True)
-            total, log_sum = run(logits.detach(), targets, weights, temp, mass)
+            total, log_sum = run(logits.detach(), weights, temp, mass, *targets)
             if ctx.needs_input_grad[0]:
-                ctx.save_for_backward(logits, targets, weights, log_sum)
+                ctx.save_for_backward(logits, weights, log_sum, *targets)
             return total
         logits = logits.detach()
         gradient = None
@@ -122,7 +131,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 scaled = torch.div(logits[rows], temp, out=work)
             else:  # a division into fp32 would still be rounded as the logits are
                 scaled = work.copy_(logits[rows]).div_(temp)
-            aimed, weight = targets[rows], weights[rows].view(-1, 1)
+            aimed, weight = targets[0][rows], weights[rows].view(-1, 1)
             hit = torch.linalg.vecdot(scaled, aimed)
             largest = scaled.amax(-1, keepdim=True)
             exponential = scaled.sub_(largest).exp_()
@@ -142,14 +151,15 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # In place: going backward a second time is an error of autograd's own, not a wrong result.
+        nothing = [None] * (len(ctx.needs_input_grad) - 1)
         if ctx.backend is None:
             (gradient,) = ctx.saved_tensors
-            return gradient.mul_(upstream), *[None] * 6
-        logits, *others = ctx.saved_tensors
+            return gradient.mul_(upstream), *nothing
+        logits, weights, log_sum, *targets = ctx.saved_tensors
         what = _slope_in_place if ctx.overwrite else _slope
         run = compiled(what, ctx.backend, dynamic=True)
-        slope = run(logits.detach(), *others, upstream, *ctx.numbers)
-        return logits.detach() if ctx.overwrite else slope, *[None] * 6
+        slope = run(logits.detach(), weights, log_sum, upstream, *ctx.numbers, *targets)
+        return logits.detach() if ctx.overwrite else slope, *nothing
 
 
 def row_blocks(x: Tensor) -> list[slice]:

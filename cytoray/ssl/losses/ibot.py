@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from cytoray.ssl.losses.cross_entropy import soft_cross_entropy
+from cytoray.ssl.losses.lazy_targets import LazyTargets
 
 
 def ibot_loss(
     student: Tensor,
-    targets: Tensor,
+    targets: Tensor | LazyTargets,
     weights: Tensor,
     *,
     student_temp: float,
@@ -21,7 +22,7 @@ def ibot_loss(
 
     Args:
         student: (M, K) logits of this rank's masked patches.
-        targets: float32 (M, K), teacher probabilities of the same patches.
+        targets: float32 (M, K), teacher probabilities of the same patches, or how to make them.
         weights: float32 (M,), 1 / (number of patches masked in the patch's crop).
         student_temp: temperature of the student.
         global_crops: all global crops of all ranks, masked or not.
@@ -34,7 +35,7 @@ def ibot_loss(
     weights = weights / global_crops
     return soft_cross_entropy(
         student.unsqueeze(1),
-        targets.unsqueeze(1),
+        targets.unsqueeze(1) if isinstance(targets, Tensor) else targets,
         weights,
         temp=student_temp,
         overwrite=overwrite,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cytoray.compilation import compiled
 from cytoray.ssl.collectives import all_max, all_sum
 from cytoray.ssl.losses.cross_entropy import row_blocks
+from cytoray.ssl.losses.lazy_targets import LazyTargets
 
 TINY = 1e-30  # keeps empty rows and columns finite
 
@@ -25,7 +26,8 @@ def sinkhorn_knopp(
     iterations: int = 3,
     overwrite: bool = False,
     compile_backend: str | None = None,
-) -> Tensor:
+    lazy: bool = False,
+) -> Tensor | LazyTargets:
     """Targets whose mass is spread evenly over the prototypes (Caron et al. 2020, eq. 3).
 
     The matrix exp(logits / temp) is kept as it is; each iteration updates a factor per prototype
@@ -39,6 +41,7 @@ def sinkhorn_knopp(
         overwrite: the result may take the memory of `logits`.
         compile_backend: of `torch.compile`, for code that makes the matrix anew from the logits
             wherever it is read; None: keep it.
+        lazy: with `compile_backend`, do not write the targets out.
 
     Returns:
         float32 (n, K); every row sums to 1.
@@ -58,6 +61,8 @@ def sinkhorn_knopp(
         column_sum = all_sum(kernel.column_sums(row_factor))
         column_factor = 1.0 / (prototypes * column_sum.clamp_min(TINY))
         row_factor = 1.0 / (count * kernel.row_sums(column_factor).clamp_min(TINY))
+    if lazy and isinstance(kernel, _CompiledKernel):
+        return kernel.lazy(row_factor * count, column_factor)
     return kernel.times(row_factor * count, column_factor)
 
 
@@ -97,6 +102,11 @@ class _CompiledKernel:
     def times(self, row_factor: Tensor, column_factor: Tensor) -> Tensor:
         return self._run(_times, row_factor, column_factor)
 
+    def lazy(self, row_factor: Tensor, column_factor: Tensor) -> LazyTargets:
+        logits, largest, sharpness = self._known
+        row = row_factor.clamp_min(TINY).log() - largest * sharpness
+        return LazyTargets(logits, column_factor.clamp_min(TINY).log(), row, sharpness)
+
     def _run(self, what: Callable[..., Tensor], *factors: Tensor) -> Tensor:
         made: Tensor = compiled(what, self._backend, dynamic=True)(*self._known, *factors)
         return made
@@ -124,6 +134,12 @@ def _centred_softmax(logits: Tensor, centre: Tensor, sharpness: Tensor) -> tuple
     """softmax((logits - centre) * sharpness) in float32, and the sum of the rows; for compilers."""
     scores = logits.float()
     return torch.softmax((scores - centre) * sharpness, dim=-1), scores.sum(0)
+
+
+def _centred_row_terms(logits: Tensor, centre: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor]:
+    """What each row lacks to be the softmax, and the sum of the rows; for compilers."""
+    scores = logits.float()
+    return -((scores - centre) * sharpness).logsumexp(-1), scores.sum(0)
 
 
 def _softmax(
@@ -165,17 +181,25 @@ class MovingCentre(nn.Module):
         self.register_buffer("centre", torch.zeros(dim))
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, *, temp: float, overwrite: bool = False) -> Tensor:
+    def forward(
+        self, logits: Tensor, *, temp: float, overwrite: bool = False, lazy: bool = False
+    ) -> Tensor | LazyTargets:
         """Targets (n, K) float32 by the centre so far; then the centre takes in all ranks' rows.
 
-        With `overwrite` the targets may take the memory of the logits.
+        With `overwrite` the targets may take the memory of the logits; with `lazy` they are not
+        written out where the losses are compiled.
         """
+        targets: Tensor | LazyTargets
         total = logits.new_zeros(logits.shape[1] + 1, dtype=torch.float32)
         total[-1:].fill_(logits.shape[0])  # an assignment would wait for the device
         if self.compile_backend is not None and len(logits):
             sharpness = torch.full_like(total[-1], 1.0 / temp)
-            run = compiled(_centred_softmax, self.compile_backend, dynamic=True)
-            targets, total[:-1] = run(logits, self.centre, sharpness)
+            what = _centred_row_terms if lazy else _centred_softmax
+            run = compiled(what, self.compile_backend, dynamic=True)
+            made, total[:-1] = run(logits, self.centre, sharpness)
+            targets = made
+            if lazy:
+                targets = LazyTargets(logits, -self.centre * sharpness, made, sharpness)
         else:
             scores = logits.float()
             targets = _softmax(scores, self.centre, temp, total[:-1], overwrite=overwrite)
@@ -193,9 +217,15 @@ class Sinkhorn(nn.Module):
         super().__init__()
         self.compile_backend: str | None = None
 
-    def forward(self, logits: Tensor, *, temp: float, overwrite: bool = False) -> Tensor:
+    def forward(
+        self, logits: Tensor, *, temp: float, overwrite: bool = False, lazy: bool = False
+    ) -> Tensor | LazyTargets:
         return sinkhorn_knopp(
-            logits, temp=temp, overwrite=overwrite, compile_backend=self.compile_backend
+            logits,
+            temp=temp,
+            overwrite=overwrite,
+            compile_backend=self.compile_backend,
+            lazy=lazy,
         )
 
 
