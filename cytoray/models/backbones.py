@@ -241,7 +241,9 @@ Backbone: TypeAlias = "ViTBackbone | ConvBackbone"
 def _in_product_type(x: Tensor) -> Tensor:
     """The tokens between blocks in the type of the products, as DINOv2 and DINOv3 keep them."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if x.is_meta or not torch.is_autocast_enabled(kind):  # no data, no autocast
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _kept_by(drops: Sequence[DropRows | None], index: int) -> tuple[Kept, Kept] | None:
