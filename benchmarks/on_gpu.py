@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one go: tests marked `gpu`, step and SR-attention, an ablation.
 
     python -m benchmarks.on_gpu --out FOLDER [--tiles tiles.npz --cells labels.csv --steps 300]
-        [--only tests step sr ablation] [--limit-s 900]
+        [--only tests step sr shapes ablation] [--limit-s 900]
 
 For a box with a GPU and no Ray: it needs torch, timm and what the parts import. Compile caches are
 filled by networks of two blocks side by side, beside the tests; what is timed then runs alone. Each
@@ -28,7 +28,7 @@ from benchmarks.pretrain_step import BATCH_CUDA
 
 GPU_TESTS = ("tests/training/test_engine_device.py", "tests/ssl/test_augment.py")
 KERNEL_TESTS = ("tests/models/test_sr_kernels.py",)
-PARTS = ("tests", "step", "sr", "ablation")
+PARTS = ("tests", "step", "sr", "shapes", "ablation")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def alone(options: argparse.Namespace) -> list[Part]:
             Part("sr_compiled", ("benchmarks.sr_attention", "--compile")),
             Part("sr", ("benchmarks.sr_attention",)),
         ]
+    if "shapes" in options.only:
+        parts.append(Part("sr_shapes", ("benchmarks.sr_shapes",)))
     if "ablation" in options.only and options.tiles and options.cells:
         settings = f"--steps {options.steps} --batch 256 --global-px 224 --local-px 96 --locals 8"
         given = ("--tiles", str(options.tiles), "--cells", str(options.cells))

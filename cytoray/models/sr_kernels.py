@@ -276,7 +276,7 @@ def slopes(
     return slope, turned, grad_q
 
 
-# Keys a program holds -> rows it works on, and its warps.
+# Keys a program holds -> rows it works on, and its warps; `benchmarks.sr_shapes` compares them.
 _ATTEND = {128: (64, 4), 256: (64, 4), 512: (16, 4)}
 _SLOPES = {128: (16, 4), 256: (32, 4), 512: (16, 4)}
 
