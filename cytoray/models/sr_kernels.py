@@ -42,6 +42,40 @@ def _read_buckets(buckets, i, j, padded):
 
 
 @triton.jit
+def _scores(
+    q_tile, k, from_query, from_key, buckets, i, j, c, tokens, padded, width,
+    K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores before they are scaled of rows i and keys j; of padding, zero or more by positions."""
+    scores = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    if IRPE:
+        bucket = _read_buckets(buckets, i, j, padded)
+        rows = tl.minimum(i, padded - 1)
+        columns = tl.minimum(j, padded - 1)
+        scores = tl.load(from_query + (rows[:, None] * K + bucket)).to(tl.float32)
+        scores += tl.load(from_key + (bucket * padded + columns[None, :])).to(tl.float32)
+    k_tile = _tile(k, j, c, width, padded, width)
+    return tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+
+
+@triton.jit
+def _slopes(
+    grad_tile, mean, v, weights, from_value, buckets, i, j, c, padded, width, scale,
+    K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient for the scores before they are scaled, of rows i and keys j."""
+    steep = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    if IRPE:
+        bucket = _read_buckets(buckets, i, j, padded)
+        rows = tl.minimum(i, padded - 1)
+        steep = tl.load(from_value + (rows[:, None] * K + bucket)).to(tl.float32)
+    v_tile = _tile(v, j, c, width, padded, width)
+    steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
+    shares = _tile(weights, i, j, padded, padded, padded)
+    return shares.to(tl.float32) * (steep * scale - (mean * scale)[:, None])
+
+
+@triton.jit
 def _key_of(values):
     """Integers in the order of the floats; zero and negative zero are one."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)
@@ -55,8 +89,23 @@ def _value_of(keys):
 
 
 @triton.jit
-def _keep_largest(scores, lowest, highest, top_h, real, BY_VALUE: tl.constexpr):
-    """-inf below the h-th largest of each row; ties and NaN stay. Rows that are not real pass.
+def _below(scores, bound):
+    """How many of each row are below a bound."""
+    # The sign of a difference is a comparison that needs no predicate.
+    apart = (scores - bound[:, None]).to(tl.uint32, bitcast=True)
+    return tl.sum(apart >> 31, axis=1).to(tl.int32)
+
+
+@triton.jit
+def _largest_below(scores, bound):
+    return tl.max(tl.where(scores < bound[:, None], scores, -float("inf")), axis=1)
+
+
+@triton.jit
+def _threshold(
+    scores, tail, lowest, highest, top_h, real, BY_VALUE: tl.constexpr, TAIL: tl.constexpr
+):
+    """The h-th largest of each row. Of rows that are not real, anything.
 
     `lowest` is at most the least of a row, `highest` its largest score.
     The interval around the threshold is halved until h scores lie at or above its lower end (the
@@ -76,9 +125,10 @@ def _keep_largest(scores, lowest, highest, top_h, real, BY_VALUE: tl.constexpr):
         usable = (halfway > low_key) & (halfway < high_key) & (rounds < BY_VALUE)
         middle = tl.where(usable, halfway, middle)
         rounds += 1
-        # The sign of a difference is a comparison that needs no predicate.
-        apart = (scores - _value_of(middle)[:, None]).to(tl.uint32, bitcast=True)
-        count = scores.shape[1] - tl.sum(apart >> 31, axis=1).to(tl.int32)
+        bound = _value_of(middle)
+        count = scores.shape[1] - _below(scores, bound)
+        if TAIL:
+            count += TAIL - _below(tail, bound)
         going = (high_key > low_key + 1) & (is_above == 0)
         is_low = going & (count >= top_h)
         is_high = going & (count < top_h)
@@ -88,9 +138,19 @@ def _keep_largest(scores, lowest, highest, top_h, real, BY_VALUE: tl.constexpr):
         is_above = is_above | (is_high & (count == top_h - 1))
         going = (high_key > low_key + 1) & (is_above == 0)
         unsettled = tl.max(going.to(tl.int32), axis=0)
-    below = tl.where(scores < _value_of(high_key)[:, None], scores, -float("inf"))
-    threshold = tl.where(is_above, tl.max(below, axis=1), _value_of(low_key))
-    return tl.where(scores < threshold[:, None], -float("inf"), scores)  # NaN stays
+    bound = _value_of(high_key)
+    below = _largest_below(scores, bound)
+    if TAIL:
+        below = tl.maximum(below, _largest_below(tail, bound))
+    return tl.where(is_above, below, _value_of(low_key))
+
+
+@triton.jit
+def _shares(scores, threshold, highest, sharpness, SPARSE: tl.constexpr):
+    """exp(scores - highest), scaled; 0 below the threshold. NaN stays, so that it is noticed."""
+    if SPARSE:
+        scores = tl.where(scores < threshold[:, None], -float("inf"), scores)
+    return tl.exp2(scores * sharpness - (highest * sharpness)[:, None])
 
 
 @triton.jit
@@ -111,6 +171,7 @@ def _attend_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDTH: tl.constexpr,
     IRPE: tl.constexpr,
     SPARSE: tl.constexpr,
@@ -122,29 +183,46 @@ def _attend_kernel(
     j = tl.arange(0, KEYS)
     c = tl.arange(0, WIDTH)
     start = n * padded * width
-    scores = tl.zeros((ROWS, KEYS), tl.float32)
-    if IRPE:
-        bucket = _read_buckets(buckets, i, j, padded)
-        table = n * padded * K
-        rows = tl.minimum(i, padded - 1)
-        columns = tl.minimum(j, padded - 1)
-        scores = tl.load(from_query + table + (rows[:, None] * K + bucket)).to(tl.float32)
-        scores += tl.load(from_key + table + (bucket * padded + columns[None, :])).to(tl.float32)
+    table = n * padded * K
     q_tile = _tile(q + start, i, c, width, padded, width)
-    k_tile = _tile(k + start, j, c, width, padded, width)
-    scores = tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
-    lowest = tl.min(scores, axis=1)  # of a padded row, which has zeros: not above the least
+    scores = _scores(
+        q_tile, k + start, from_query + table, from_key + table, buckets, i, j, c,
+        tokens, padded, width, K, IRPE, PRECISION,
+    )  # fmt: skip
+    lowest = tl.min(scores, axis=1)  # of padding as well, which does not raise it
     scores = tl.where(j[None, :] < tokens, scores, -float("inf"))
     highest = tl.max(scores, axis=1)
+    tail = scores
+    if TAIL:
+        j_tail = KEYS + tl.arange(0, TAIL)
+        tail = _scores(
+            q_tile, k + start, from_query + table, from_key + table, buckets, i, j_tail, c,
+            tokens, padded, width, K, IRPE, PRECISION,
+        )  # fmt: skip
+        lowest = tl.minimum(lowest, tl.min(tail, axis=1))
+        tail = tl.where(j_tail[None, :] < tokens, tail, -float("inf"))
+        highest = tl.maximum(highest, tl.max(tail, axis=1))
+    threshold = highest
     if SPARSE:
-        scores = _keep_largest(scores, lowest, highest, top_h, i < tokens, BY_VALUE)
+        threshold = _threshold(scores, tail, lowest, highest, top_h, i < tokens, BY_VALUE, TAIL)
     sharpness = scale * 1.4426950408889634  # exp(x) = 2^(x log2 e)
-    shares = tl.exp2(scores * sharpness - (highest * sharpness)[:, None])
-    factor = tl.where(i < tokens, 1.0 / tl.sum(shares, axis=1), 0.0)
-    shares = (shares * factor[:, None]).to(v.dtype.element_ty)
-    _put(weights + n * padded * padded, shares, i, j, padded, padded, padded)
+    shares = _shares(scores, threshold, highest, sharpness, SPARSE)
+    total = tl.sum(shares, axis=1)
+    if TAIL:
+        tail = _shares(tail, threshold, highest, sharpness, SPARSE)
+        total += tl.sum(tail, axis=1)
+    factor = tl.where(i < tokens, 1.0 / total, 0.0)[:, None]
+    some = (shares * factor).to(v.dtype.element_ty)
+    pairs = weights + n * padded * padded
+    _put(pairs, some, i, j, padded, padded, padded)
     v_tile = _tile(v + start, j, c, width, padded, width)
-    mixed = tl.dot(shares, v_tile, input_precision=PRECISION)
+    mixed = tl.dot(some, v_tile, input_precision=PRECISION)
+    if TAIL:
+        j_tail = KEYS + tl.arange(0, TAIL)
+        rest = (tail * factor).to(v.dtype.element_ty)
+        _put(pairs, rest, i, j_tail, padded, padded, padded)
+        v_tail = _tile(v + start, j_tail, c, width, padded, width)
+        mixed = tl.dot(rest, v_tail, mixed, input_precision=PRECISION)
     _put(out + start, mixed, i, c, width, padded, width)
 
 
@@ -166,6 +244,7 @@ def _slope_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDTH: tl.constexpr,
     IRPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -176,24 +255,28 @@ def _slope_kernel(
     c = tl.arange(0, WIDTH)
     start = n * padded * width
     pairs = n * padded * padded
-    steep = tl.zeros((ROWS, KEYS), tl.float32)
-    if IRPE:
-        bucket = _read_buckets(buckets, i, j, padded)
-        rows = tl.minimum(i, padded - 1)
-        place = rows[:, None] * K + bucket
-        steep = tl.load(from_value + n * padded * K + place).to(tl.float32)
+    values = from_value + n * padded * K
     grad_tile = _tile(grad + start, i, c, width, padded, width)
     out_tile = _tile(out + start, i, c, width, padded, width)
-    v_tile = _tile(v + start, j, c, width, padded, width)
-    steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
-    shares = _tile(weights + pairs, i, j, padded, padded, padded)
-    steep = shares.to(tl.float32) * (steep * scale - (mean * scale)[:, None])
-    steep = steep.to(k.dtype.element_ty)
+    steep = _slopes(
+        grad_tile, mean, v + start, weights + pairs, values, buckets, i, j, c,
+        padded, width, scale, K, IRPE, PRECISION,
+    ).to(k.dtype.element_ty)  # fmt: skip
     _put(slope + pairs, steep, i, j, padded, padded, padded)
     _put(turned + pairs, tl.trans(steep), j, i, padded, padded, padded)
     k_tile = _tile(k + start, j, c, width, padded, width)
     back = tl.dot(steep, k_tile, input_precision=PRECISION)
+    if TAIL:
+        j_tail = KEYS + tl.arange(0, TAIL)
+        rest = _slopes(
+            grad_tile, mean, v + start, weights + pairs, values, buckets, i, j_tail, c,
+            padded, width, scale, K, IRPE, PRECISION,
+        ).to(k.dtype.element_ty)  # fmt: skip
+        _put(slope + pairs, rest, i, j_tail, padded, padded, padded)
+        _put(turned + pairs, tl.trans(rest), j_tail, i, padded, padded, padded)
+        k_tail = _tile(k + start, j_tail, c, width, padded, width)
+        back = tl.dot(rest, k_tail, back, input_precision=PRECISION)
     _put(grad_q + start, back, i, c, width, padded, width)
 
 
@@ -277,28 +360,36 @@ def slopes(
 
 
 # Keys a program holds -> rows it works on, and its warps; `benchmarks.sr_shapes` compares them.
-_ATTEND = {128: (64, 4), 256: (64, 4), 512: (16, 4)}
-_SLOPES = {128: (16, 4), 256: (32, 4), 512: (16, 4)}
+_ATTEND = {288: (64, 4), 512: (16, 4)}
+_SLOPES = {128: (16, 4), 288: (32, 4), 512: (16, 4)}
 
 
-def _shape(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int, int]:
-    """Keys, rows and warps of a program."""
-    keys = max(16, triton.next_power_of_2(v.shape[1]))
-    rows, warps = next(shape for limit, shape in shapes.items() if keys <= limit)
-    return keys, rows, warps
+def _keys(tokens: int) -> tuple[int, int]:
+    """Tiles that hold the keys of a row: one of a power of two, and another (or 0) for the rest."""
+    whole = max(16, triton.next_power_of_2(tokens))
+    part = whole // 2
+    rest = triton.next_power_of_2(tokens - part) if part >= 16 else whole
+    return (part, rest) if part + rest < whole else (whole, 0)
+
+
+def _shape(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Rows and warps of a program."""
+    keys = sum(_keys(v.shape[1]))
+    return next(shape for limit, shape in shapes.items() if keys <= limit)
 
 
 def _programs(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    return triton.cdiv(v.shape[1], _shape(v, shapes)[1]), v.shape[0]
+    return triton.cdiv(v.shape[1], _shape(v, shapes)[0]), v.shape[0]
 
 
 def _options(v: Tensor, table: Tensor | None, shapes: dict[int, tuple[int, int]]) -> dict[str, Any]:
     """What a kernel is compiled for. float32 products are made in full, as the definition's."""
-    keys, rows, warps = _shape(v, shapes)
+    (keys, tail), (rows, warps) = _keys(v.shape[1]), _shape(v, shapes)
     return {
         "K": 1 if table is None else table.numel() // (v.shape[0] * v.shape[1]),
         "ROWS": rows,
         "KEYS": keys,
+        "TAIL": tail,
         "WIDTH": max(16, triton.next_power_of_2(v.shape[2])),
         "IRPE": table is not None,
         "PRECISION": "ieee",

@@ -10,7 +10,14 @@ from timm.layers.attention import Attention
 from torch.utils.checkpoint import checkpoint
 
 from cytoray.models import irpe, sr_transformer
-from cytoray.models.irpe import NUM_BUCKETS, KernelMaps, PatchGrids, bucket_index, kernel_maps
+from cytoray.models.irpe import (
+    NUM_BUCKETS,
+    KernelMaps,
+    PatchGrids,
+    bucket_index,
+    kernel_maps,
+    padded_tokens,
+)
 from cytoray.models.sr_attention import (
     KERNEL_TOKENS,
     fast_sr_attention,
@@ -21,6 +28,8 @@ from cytoray.models.sr_kernel_ops import attend
 from cytoray.models.sr_transformer import SRAttention, SRConfig
 
 pytest.importorskip("triton")
+from cytoray.models import sr_kernels  # noqa: E402 (needs Triton)
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 GRID, PREFIX, HEADS, WIDTH = (5, 4), 2, 2, 8
@@ -72,8 +81,10 @@ def test_kernels_are_the_definition(irpe, top_h, per_head):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_of_a_whole_crop():
-    grid, tokens = (16, 16), 257
+@pytest.mark.parametrize(("grid", "tokens"), [((6, 6), 37), ((16, 16), 257)])
+def test_rows_of_a_whole_crop(grid, tokens):
+    """As many keys as take a second tile."""
+    assert sr_kernels._keys(padded_tokens(tokens)) == {37: (32, 16), 257: (256, 16)}[tokens]
     (q, k, v), tables = _inputs(batch=1, heads=1, tokens=tokens, width=16)
     index = bucket_index(*grid, 1).to(DEVICE)
     weight = torch.randn_like(q)
@@ -97,6 +108,16 @@ def test_ties_and_signed_zeros_are_kept():
     got = fast_sr_attention(wide(q, (0, 5)), wide(k, (0, 5)), v, *none, None, 2, 1.0, kernels=True)
     kept = torch.tensor([3.0, -torch.inf, 0.0, 0.0, 0.0, -torch.inf], device=DEVICE)
     torch.testing.assert_close(got[0, 0], kept.softmax(0).expand(6, 6))
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 48, 80, 96, 208, 272, 320, 416, 512])
+def test_tiles_of_keys_hold_them_and_are_of_powers_of_two(tokens):
+    keys, tail = sr_kernels._keys(tokens)
+    assert keys + tail >= tokens > (keys if tail else keys // 2)
+    assert all(size & (size - 1) == 0 for size in (keys, tail))
+    assert keys >= 16
+    assert tail == 0 or tail >= 16
+    assert keys + tail <= KERNEL_TOKENS
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
