@@ -92,11 +92,15 @@ def measure(tokens: int, heads: int, rounds: int) -> dict[str, float | None]:
         lambda: sr_kernel_ops._add_product(heads_of_one, sums, table), rounds
     )
     found["keys' gradient"] = microseconds(lambda: slope @ q, rounds)
-    crops = [x[:, :tokens].unflatten(0, (-1, HEADS_A_CROP)) for x in (q, k, v)]
-    crops = [x.contiguous().requires_grad_() for x in crops]
-    plain = F.scaled_dot_product_attention(*crops)
+    crop_q, crop_k, crop_v = crops = [
+        x[:, :tokens].unflatten(0, (-1, HEADS_A_CROP)).contiguous().requires_grad_()
+        for x in (q, k, v)
+    ]
+    plain = F.scaled_dot_product_attention(crop_q, crop_k, crop_v)
     upstream = torch.randn_like(plain)
-    found["plain attention"] = microseconds(lambda: F.scaled_dot_product_attention(*crops), rounds)
+    found["plain attention"] = microseconds(
+        lambda: F.scaled_dot_product_attention(crop_q, crop_k, crop_v), rounds
+    )
     found["plain attention backward"] = microseconds(
         lambda: torch.autograd.grad(plain, crops, upstream, retain_graph=True), rounds
     )

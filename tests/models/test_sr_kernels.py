@@ -28,7 +28,7 @@ from cytoray.models.sr_kernel_ops import attend
 from cytoray.models.sr_transformer import SRAttention, SRConfig
 
 pytest.importorskip("triton")
-from cytoray.models import sr_kernels  # noqa: E402 (needs Triton)
+from cytoray.models import sr_kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
