@@ -26,6 +26,10 @@ import torch
 
 from benchmarks.pretrain_step import BATCH_CUDA
 
+SR_COMPILED = ("benchmarks.sr_attention", "--compile")
+SHAPES = ("benchmarks.sr_shapes",)
+TOKENS = (37, 197, 257)  # of the shapes, as by default
+
 GPU_TESTS = ("tests/training/test_engine_device.py", "tests/ssl/test_augment.py")
 KERNEL_TESTS = ("tests/models/test_sr_kernels.py",)
 PARTS = ("tests", "step", "sr", "shapes", "ablation")
@@ -78,6 +82,13 @@ def beside(options: argparse.Namespace) -> list[Part]:
             Part(f"warm_{name}", (*_step(name), "--depth", "2", "--rounds", "1", "--no-lightly"))
             for name in BATCH_CUDA
         ]
+    if "sr" in options.only:
+        parts.append(Part("warm_sr", (*SR_COMPILED, "--rounds", "1")))
+    if "shapes" in options.only:
+        parts += [
+            Part(f"warm_shapes_{tokens}", (*SHAPES, "--tokens", str(tokens), "--rounds", "1"))
+            for tokens in TOKENS
+        ]
     return parts
 
 
@@ -88,11 +99,11 @@ def alone(options: argparse.Namespace) -> list[Part]:
         parts += [Part(f"step_{name}", _step(name)) for name in BATCH_CUDA]
     if "sr" in options.only:
         parts += [
-            Part("sr_compiled", ("benchmarks.sr_attention", "--compile")),
+            Part("sr_compiled", SR_COMPILED),
             Part("sr", ("benchmarks.sr_attention",)),
         ]
     if "shapes" in options.only:
-        parts.append(Part("sr_shapes", ("benchmarks.sr_shapes",)))
+        parts.append(Part("sr_shapes", SHAPES))
     if "ablation" in options.only and options.tiles and options.cells:
         settings = f"--steps {options.steps} --batch 256 --global-px 224 --local-px 96 --locals 8"
         given = ("--tiles", str(options.tiles), "--cells", str(options.cells))
