@@ -43,10 +43,10 @@ def _read_buckets(buckets, i, j, padded):
 
 @triton.jit
 def _scores(
-    q_tile, k, from_query, from_key, buckets, i, j, c, tokens, padded, width,
+    q_tile, k, from_query, from_key, buckets, i, j, c, padded, width,
     K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores before they are scaled of rows i and keys j; of padding, zero or more by positions."""
+    """Scores before they are scaled, of rows i and keys j; those of padding are of no use."""
     scores = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
     if IRPE:
         bucket = _read_buckets(buckets, i, j, padded)
@@ -187,9 +187,9 @@ def _attend_kernel(
     q_tile = _tile(q + start, i, c, width, padded, width)
     scores = _scores(
         q_tile, k + start, from_query + table, from_key + table, buckets, i, j, c,
-        tokens, padded, width, K, IRPE, PRECISION,
+        padded, width, K, IRPE, PRECISION,
     )  # fmt: skip
-    lowest = tl.min(scores, axis=1)  # of padding as well, which does not raise it
+    lowest = tl.min(scores, axis=1)  # padding may lower it, which costs a round at most
     scores = tl.where(j[None, :] < tokens, scores, -float("inf"))
     highest = tl.max(scores, axis=1)
     tail = scores
@@ -197,7 +197,7 @@ def _attend_kernel(
         j_tail = KEYS + tl.arange(0, TAIL)
         tail = _scores(
             q_tile, k + start, from_query + table, from_key + table, buckets, i, j_tail, c,
-            tokens, padded, width, K, IRPE, PRECISION,
+            padded, width, K, IRPE, PRECISION,
         )  # fmt: skip
         lowest = tl.minimum(lowest, tl.min(tail, axis=1))
         tail = tl.where(j_tail[None, :] < tokens, tail, -float("inf"))
