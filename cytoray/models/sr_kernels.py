@@ -89,11 +89,15 @@ def _value_of(keys):
 
 
 @triton.jit
-def _below(scores, bound):
-    """How many of each row are below a bound."""
+def _count(scores, tail, bound, TAIL: tl.constexpr):
+    """How many of each row are at or above a bound."""
     # The sign of a difference is a comparison that needs no predicate.
     apart = (scores - bound[:, None]).to(tl.uint32, bitcast=True)
-    return tl.sum(apart >> 31, axis=1).to(tl.int32)
+    count = scores.shape[1] - tl.sum(apart >> 31, axis=1).to(tl.int32)
+    if TAIL:
+        apart = (tail - bound[:, None]).to(tl.uint32, bitcast=True)
+        count += TAIL - tl.sum(apart >> 31, axis=1).to(tl.int32)
+    return count
 
 
 @triton.jit
@@ -109,40 +113,35 @@ def _threshold(
 
     `lowest` is at most the least of a row, `highest` its largest score.
     The interval around the threshold is halved until h scores lie at or above its lower end (the
-    threshold is that end), or h - 1 at or above its upper end (it is the largest score below), or
-    no float lies between the ends, as where several scores tie. The first `BY_VALUE` rounds halve
-    between the values; later ones between the integers of the same order, of which there are as
-    many around 0 as in the whole rest: that always ends.
+    threshold is that end), or h - 1 at or above its upper end (it is the largest score below).
+    Where several scores tie that never comes: after `BY_VALUE` rounds the integers of the same
+    order are halved, of which there is one between the ends in the end.
     """
-    low_key = _key_of(lowest)
-    high_key = tl.minimum(_key_of(highest), 0x7FFFFFFE) + 1
-    high_key = tl.where(real, high_key, low_key + 1)
-    is_above = tl.zeros_like(low_key) > 0  # no row yet
+    low = lowest
+    high = _value_of(tl.minimum(_key_of(highest), 0x7FFFFFFE) + 1)
+    going = real
+    is_above = real & (top_h < 0)  # no row yet
     unsettled, rounds = 1, 0
     while unsettled > 0:
-        middle = (low_key >> 1) + (high_key >> 1) + (low_key & high_key & 1)
-        halfway = _key_of(0.5 * _value_of(low_key) + 0.5 * _value_of(high_key))
-        usable = (halfway > low_key) & (halfway < high_key) & (rounds < BY_VALUE)
-        middle = tl.where(usable, halfway, middle)
+        bound = 0.5 * low + 0.5 * high
+        usable = (bound > low) & (bound < high)
+        if rounds >= BY_VALUE:
+            low_key, high_key = _key_of(low), _key_of(high)
+            bound = _value_of((low_key >> 1) + (high_key >> 1) + (low_key & high_key & 1))
+            usable = high_key > low_key + 1
+            going = going & usable
+        count = _count(scores, tail, bound, TAIL)
+        moves = going & usable
+        low = tl.where(moves & (count >= top_h), bound, low)
+        high = tl.where(moves & (count < top_h), bound, high)
+        is_above = is_above | (moves & (count == top_h - 1))
+        going = going & ((usable & ((count == top_h) | (count == top_h - 1))) == 0)
         rounds += 1
-        bound = _value_of(middle)
-        count = scores.shape[1] - _below(scores, bound)
-        if TAIL:
-            count += TAIL - _below(tail, bound)
-        going = (high_key > low_key + 1) & (is_above == 0)
-        is_low = going & (count >= top_h)
-        is_high = going & (count < top_h)
-        low_key = tl.where(is_low, middle, low_key)
-        high_key = tl.where(is_low & (count == top_h), middle + 1, high_key)
-        high_key = tl.where(is_high, middle, high_key)
-        is_above = is_above | (is_high & (count == top_h - 1))
-        going = (high_key > low_key + 1) & (is_above == 0)
         unsettled = tl.max(going.to(tl.int32), axis=0)
-    bound = _value_of(high_key)
-    below = _largest_below(scores, bound)
+    below = _largest_below(scores, high)
     if TAIL:
-        below = tl.maximum(below, _largest_below(tail, bound))
-    return tl.where(is_above, below, _value_of(low_key))
+        below = tl.maximum(below, _largest_below(tail, high))
+    return tl.where(is_above, below, low)
 
 
 @triton.jit
