@@ -22,6 +22,7 @@ from cytoray.errors import InputError
 
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
 NUM_BUCKETS = (2 * int(BETA) + 1) ** 2 + 1
+KERNEL_TOKENS = 512  # rows of as many scores fit the registers of a kernel
 PADDED_BUCKETS = -(-NUM_BUCKETS // 16) * 16  # as the kernels have them
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -156,9 +157,9 @@ def _lasting_kernel_maps(
     return _cached_kernel_maps(grid, num_prefix, device, dtype)
 
 
-def has_kernels(device: torch.device) -> bool:
-    """Whether attention on `device` may be left to the kernels."""
-    return device.type == "cuda"
+def has_kernels(device: torch.device, tokens: int) -> bool:
+    """Whether attention over `tokens` tokens on `device` may be left to the kernels."""
+    return device.type == "cuda" and tokens <= KERNEL_TOKENS
 
 
 class PairBuckets(NamedTuple):
@@ -173,7 +174,8 @@ def _pair_buckets(
     grid: Grid, num_prefix: int, device: torch.device, dtype: torch.dtype
 ) -> PairBuckets:
     where = (grid, num_prefix, device)
-    kernel = _lasting_kernel_maps(*where, dtype) if has_kernels(device) else None
+    served = has_kernels(device, num_prefix + grid[0] * grid[1])
+    kernel = _lasting_kernel_maps(*where, dtype) if served else None
     return PairBuckets(cached_buckets(*where), pair_maps(*where, dtype), kernel)
 
 

@@ -13,23 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cytoray.models.irpe import KernelMaps
+from cytoray.models.irpe import KernelMaps, has_kernels
 from cytoray.models.sr_kernel_ops import attend_by_kernels
 from cytoray.models.sr_ops import attend
 
-KERNEL_TOKENS = 512  # rows of as many scores fit the registers of a kernel
 KERNEL_TYPES = (torch.bfloat16, torch.float16)  # products of float32 are not for a kernel so large
 _HAS_TRITON = find_spec("triton") is not None  # asked once: in a block it would cut compiled code
 
 
 def kernels_serve(v: Tensor) -> bool:
     """Whether the Triton kernels can attend to values (B, H, N, d): device, type and length."""
-    return (
-        v.device.type == "cuda"
-        and v.dtype in KERNEL_TYPES
-        and v.shape[-2] <= KERNEL_TOKENS
-        and _HAS_TRITON
-    )
+    return has_kernels(v.device, v.shape[-2]) and v.dtype in KERNEL_TYPES and _HAS_TRITON
 
 
 def sr_attention(

@@ -32,9 +32,10 @@ def attend_by_kernels(
     tokens = q.shape[2]
     more = padded_tokens(tokens) - tokens
     q, k, v = (F.pad(x, (0, 0, 0, more)).contiguous() for x in (q, k, v))
-    if maps is None or r_k is None or r_q is None or r_v is None:
+    if r_k is None or r_q is None or r_v is None:
         out = attend(q, k, v, None, None, None, None, tokens, top_h, scale)[0]
     else:
+        assert maps is not None
         tables = torch.stack([r_k, r_q, r_v]).to(v.dtype)
         tables = F.pad(tables, (0, 0, 0, PADDED_BUCKETS - NUM_BUCKETS))
         # By name: torch 2.11 cannot unpack a named tuple in code it compiles.

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cytoray.models import irpe, sr_transformer
 from cytoray.models.irpe import (
+    KERNEL_TOKENS,
     NUM_BUCKETS,
     KernelMaps,
     PatchGrids,
@@ -19,7 +20,6 @@ from cytoray.models.irpe import (
     padded_tokens,
 )
 from cytoray.models.sr_attention import (
-    KERNEL_TOKENS,
     fast_sr_attention,
     kernels_serve,
     sr_attention,
@@ -40,7 +40,7 @@ SCALE = WIDTH**-0.5
 @pytest.fixture(autouse=True)
 def _kernels_serve(monkeypatch):
     # Asked all the same: what it asks must not cut compiled code.
-    monkeypatch.setattr(irpe, "has_kernels", lambda device: True)
+    monkeypatch.setattr(irpe, "has_kernels", lambda device, tokens: True)
     monkeypatch.setattr(sr_transformer, "kernels_serve", lambda v: kernels_serve(v) or True)
 
 
