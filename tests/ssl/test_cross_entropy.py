@@ -75,10 +75,11 @@ def test_compiled_loss_is_the_definition(overwrite, backend) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_targets_that_are_not_written_out_are_the_same(overwrite, backend) -> None:
     logits, _, weights = make(6, 1, False)
-    teacher = torch.randn(6, logits.shape[-1])
-    sharp, centre = torch.tensor(1 / 0.05), torch.randn(logits.shape[-1])
+    generator = torch.Generator().manual_seed(1)
+    teacher, centre = torch.rand(7, logits.shape[-1], generator=generator).sub(0.5).split([6, 1])
+    sharp = torch.tensor(1 / 0.05)
     row = -((teacher - centre) * sharp).logsumexp(-1)
-    lazy = LazyTargets(teacher, -centre * sharp, row, sharp)
+    lazy = LazyTargets(teacher, -centre[0] * sharp, row, sharp)
     targets = ((teacher - centre) * sharp).softmax(-1).unsqueeze(1)
     torch.testing.assert_close(lazy.written().unsqueeze(1), targets)
     expected = plain(logits, targets, weights, 0.1, 1.0)
@@ -86,7 +87,7 @@ def test_targets_that_are_not_written_out_are_the_same(overwrite, backend) -> No
     loss = fused(logits, lazy, weights, temp=0.1, overwrite=overwrite, compile_backend=backend)
     (3.0 * loss).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.grad, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.grad, wanted, rtol=1e-5, atol=5e-5)  # slopes up to 30
 
 
 def test_compiled_loss_of_nothing_is_zero() -> None:
