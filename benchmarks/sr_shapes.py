@@ -1,4 +1,4 @@
-"""Which rows and warps suit the programs of the SR kernels on this GPU.
+"""Which rows, warps and registers suit the programs of the SR kernels on this GPU.
 
     python -m benchmarks.sr_shapes [--tokens 37 197 257] [--heads 1536] [--rounds 10]
 
@@ -24,7 +24,11 @@ from cytoray.models import sr_kernel_ops, sr_kernels
 from cytoray.models.irpe import PADDED_BUCKETS, bucket_index, kernel_maps, padded_tokens
 
 WIDTH, TOP_H = 64, 16
-SHAPES = [(16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (32, 8), (64, 4), (64, 8)]
+SHAPES: list[sr_kernels.Shape] = [
+    (rows, warps, registers)
+    for rows, warps in ((16, 1), (16, 4), (32, 2), (32, 4), (64, 4))
+    for registers in (None, 168, 128)
+]
 HEADS_A_CROP = 6
 
 
@@ -56,7 +60,7 @@ def measure(tokens: int, heads: int, rounds: int) -> dict[str, float | None]:
         F.pad(random(heads, tokens, WIDTH), (0, 0, 0, padded - tokens)) for _ in range(4)
     )
     table = random(PADDED_BUCKETS, WIDTH)
-    from_query, from_key = q @ table.mT, table @ k.mT
+    from_query, from_key = q @ table.mT, k @ table.mT
     scale = WIDTH**-0.5
 
     def attend() -> tuple[Tensor, Tensor]:
@@ -82,7 +86,8 @@ def measure(tokens: int, heads: int, rounds: int) -> dict[str, float | None]:
             except (triton.OutOfResources, triton.CompilationError):
                 took = None
             shapes.update(before)
-            found[f"{name} {shape[0]} rows, {shape[1]} warps"] = took
+            rows, warps, registers = shape
+            found[f"{name} {rows} rows, {warps} warps, {registers or 255} registers"] = took
     slope = slopes()[0]
     sums = sr_kernel_ops._sums(slope, of_queries)
     heads_of_one = q.unsqueeze(1)
@@ -121,7 +126,7 @@ def main() -> None:
         made[tokens] = measure(tokens, options.heads, options.rounds)
         print(f"{tokens} tokens, {options.heads} heads, microseconds", flush=True)
         for name, took in made[tokens].items():
-            print(f"  {name:28s} {'does not compile' if took is None else took}", flush=True)
+            print(f"  {name:42s} {'does not compile' if took is None else took}", flush=True)
     print(json.dumps({"device": torch.cuda.get_device_name(), "microseconds": made}))
 
 

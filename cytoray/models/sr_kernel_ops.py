@@ -74,7 +74,7 @@ def attend(
         from_query, from_key = None, None
         if tables is not None:
             from_query = (q @ tables[0].mT).flatten(0, 1)
-            from_key = (tables[1] @ k.mT).flatten(0, 1)
+            from_key = (k @ tables[1].mT).flatten(0, 1)
         flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
         out, weights = sr_kernels.attend(
             flat_q, flat_k, flat_v, from_query, from_key, buckets,

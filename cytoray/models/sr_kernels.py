@@ -21,58 +21,70 @@ from torch import Tensor
 _ROUNDS_BY_VALUE = 16  # of scores spread as a normal distribution, all of 64 rows need about 10
 
 
-@triton.jit
-def _tile(base, rows, columns, row_stride, row_count, column_count):
-    """Rows and columns of a matrix, zero beyond its ends."""
-    inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    return tl.load(base + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0)
+@triton.constexpr_function
+def _begin(tiles, t):
+    """Where the t-th tile of a row begins."""
+    return sum(int(size) for size in tiles[: int(t)])
+
+
+@triton.constexpr_function
+def _tiles_with(tiles, count):
+    """How many tiles, from the first, hold so many keys."""
+    return next(t for t in range(1, len(tiles) + 1) if sum(int(s) for s in tiles[:t]) >= int(count))
 
 
 @triton.jit
-def _put(base, values, rows, columns, row_stride, row_count, column_count):
-    inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    place = base + rows[:, None] * row_stride + columns[None, :]
+def _rows(base, rows, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a matrix of width D, with zeros up to WIDTH."""
+    c = tl.arange(0, WIDTH)
+    place = base + rows[:, None] * D + c[None, :]
+    if WIDTH == D:
+        return tl.load(place)
+    return tl.load(place, mask=(c < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _put(base, values, i, c, T: tl.constexpr, D: tl.constexpr):
+    """Write rows i and columns c of a matrix (T, D), as far as they are within it."""
+    inside = (i < T)[:, None] & (c < D)[None, :]
+    place = base + i[:, None] * D + c[None, :]
     tl.store(place, values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _read_buckets(buckets, i, j, padded):
-    inside = (i[:, None] < padded) & (j[None, :] < padded)
-    return tl.load(buckets + i[:, None] * padded + j[None, :], mask=inside, other=0).to(tl.int32)
+def _bucket_tile(buckets, rows, j, T: tl.constexpr):
+    return tl.load(buckets + rows[:, None] * T + j[None, :]).to(tl.int32)
 
 
 @triton.jit
-def _scores(
-    q_tile, k, from_query, from_key, buckets, i, j, c, padded, width,
-    K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
+def _score_tile(
+    q_tile, k, from_query, from_key, buckets, rows, j,
+    T: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
+    IRPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores before they are scaled, of rows i and keys j; those of padding are of no use."""
-    scores = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    """Scores before they are scaled, of some rows and keys j."""
+    scores = tl.zeros((rows.shape[0], j.shape[0]), tl.float32)
     if IRPE:
-        bucket = _read_buckets(buckets, i, j, padded)
-        rows = tl.minimum(i, padded - 1)
-        columns = tl.minimum(j, padded - 1)
-        scores = tl.load(from_query + (rows[:, None] * K + bucket)).to(tl.float32)
-        scores += tl.load(from_key + (bucket * padded + columns[None, :])).to(tl.float32)
-    k_tile = _tile(k, j, c, width, padded, width)
-    return tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
+        bucket = _bucket_tile(buckets, rows, j, T)
+        scores = tl.load((from_query + rows * K)[:, None] + bucket).to(tl.float32)
+        scores += tl.load((from_key + j * K)[None, :] + bucket).to(tl.float32)
+    return tl.dot(q_tile, tl.trans(_rows(k, j, D, WIDTH)), scores, input_precision=PRECISION)
 
 
 @triton.jit
-def _slopes(
-    grad_tile, mean, v, weights, from_value, buckets, i, j, c, padded, width, scale,
-    K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
+def _slope_tile(
+    grad_tile, mean, v, weights, from_value, buckets, rows, j, scale,
+    T: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
+    IRPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient for the scores before they are scaled, of rows i and keys j."""
-    steep = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    """Gradient for the scores before they are scaled, of some rows and keys j."""
+    steep = tl.zeros((rows.shape[0], j.shape[0]), tl.float32)
     if IRPE:
-        bucket = _read_buckets(buckets, i, j, padded)
-        rows = tl.minimum(i, padded - 1)
-        steep = tl.load(from_value + (rows[:, None] * K + bucket)).to(tl.float32)
-    v_tile = _tile(v, j, c, width, padded, width)
-    steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
-    shares = _tile(weights, i, j, padded, padded, padded)
-    return shares.to(tl.float32) * (steep * scale - (mean * scale)[:, None])
+        bucket = _bucket_tile(buckets, rows, j, T)
+        steep = tl.load((from_value + rows * K)[:, None] + bucket).to(tl.float32)
+    steep = tl.dot(grad_tile, tl.trans(_rows(v, j, D, WIDTH)), steep, input_precision=PRECISION)
+    shares = tl.load(weights + rows[:, None] * T + j[None, :]).to(tl.float32)
+    return shares * (steep * scale - (mean * scale)[:, None])
 
 
 @triton.jit
@@ -89,29 +101,33 @@ def _value_of(keys):
 
 
 @triton.jit
-def _count(scores, tail, bound, TAIL: tl.constexpr):
+def _count(scores, bound, TILES: tl.constexpr):
     """How many of each row are at or above a bound."""
-    # The sign of a difference is a comparison that needs no predicate.
-    apart = (scores - bound[:, None]).to(tl.uint32, bitcast=True)
-    count = scores.shape[1] - tl.sum(apart >> 31, axis=1).to(tl.int32)
-    if TAIL:
-        apart = (tail - bound[:, None]).to(tl.uint32, bitcast=True)
-        count += TAIL - tl.sum(apart >> 31, axis=1).to(tl.int32)
-    return count
+    below = tl.zeros_like(bound).to(tl.int32)
+    for t in tl.static_range(len(TILES)):
+        # The sign of a difference is a comparison that needs no predicate.
+        apart = (scores[t] - bound[:, None]).to(tl.uint32, bitcast=True)
+        below += tl.sum(apart >> 31, axis=1).to(tl.int32)
+    return _begin(TILES, len(TILES)) - below
 
 
 @triton.jit
-def _largest_below(scores, bound):
-    return tl.max(tl.where(scores < bound[:, None], scores, -float("inf")), axis=1)
+def _largest_below(scores, bound, TILES: tl.constexpr):
+    found = tl.full(bound.shape, -float("inf"), tl.float32)
+    for t in tl.static_range(len(TILES)):
+        lower = tl.where(scores[t] < bound[:, None], scores[t], -float("inf"))
+        found = tl.maximum(found, tl.max(lower, axis=1))
+    return found
 
 
 @triton.jit
 def _threshold(
-    scores, tail, lowest, highest, top_h, real, BY_VALUE: tl.constexpr, TAIL: tl.constexpr
-):
+    scores, lowest, highest, real,
+    TILES: tl.constexpr, TOP_H: tl.constexpr, BY_VALUE: tl.constexpr,
+):  # fmt: skip
     """The h-th largest of each row. Of rows that are not real, anything.
 
-    `lowest` is at most the least of a row, `highest` its largest score.
+    At least h scores of a row are at or above `lowest`; `highest` is its largest.
     The interval around the threshold is halved until h scores lie at or above its lower end (the
     threshold is that end), or h - 1 at or above its upper end (it is the largest score below).
     Where several scores tie that never comes: after `BY_VALUE` rounds the integers of the same
@@ -120,7 +136,7 @@ def _threshold(
     low = lowest
     high = _value_of(tl.minimum(_key_of(highest), 0x7FFFFFFE) + 1)
     going = real
-    is_above = real & (top_h < 0)  # no row yet
+    is_above = real & (TOP_H < 0)  # no row yet
     unsettled, rounds = 1, 0
     while unsettled > 0:
         bound = 0.5 * low + 0.5 * high
@@ -130,26 +146,15 @@ def _threshold(
             bound = _value_of((low_key >> 1) + (high_key >> 1) + (low_key & high_key & 1))
             usable = high_key > low_key + 1
             going = going & usable
-        count = _count(scores, tail, bound, TAIL)
+        count = _count(scores, bound, TILES)
         moves = going & usable
-        low = tl.where(moves & (count >= top_h), bound, low)
-        high = tl.where(moves & (count < top_h), bound, high)
-        is_above = is_above | (moves & (count == top_h - 1))
-        going = going & ((usable & ((count == top_h) | (count == top_h - 1))) == 0)
+        low = tl.where(moves & (count >= TOP_H), bound, low)
+        high = tl.where(moves & (count < TOP_H), bound, high)
+        is_above = is_above | (moves & (count == TOP_H - 1))
+        going = going & ((usable & ((count == TOP_H) | (count == TOP_H - 1))) == 0)
         rounds += 1
         unsettled = tl.max(going.to(tl.int32), axis=0)
-    below = _largest_below(scores, high)
-    if TAIL:
-        below = tl.maximum(below, _largest_below(tail, high))
-    return tl.where(is_above, below, low)
-
-
-@triton.jit
-def _shares(scores, threshold, highest, sharpness, SPARSE: tl.constexpr):
-    """exp(scores - highest), scaled; 0 below the threshold. NaN stays, so that it is noticed."""
-    if SPARSE:
-        scores = tl.where(scores < threshold[:, None], -float("inf"), scores)
-    return tl.exp2(scores * sharpness - (highest * sharpness)[:, None])
+    return tl.where(is_above, _largest_below(scores, high, TILES), low)
 
 
 @triton.jit
@@ -163,66 +168,69 @@ def _attend_kernel(
     out,
     weights,
     tokens,
-    padded,
-    width,
     scale,
-    top_h,
+    TILES: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
-    WIDTH: tl.constexpr,
     IRPE: tl.constexpr,
-    SPARSE: tl.constexpr,
+    TOP_H: tl.constexpr,
     BY_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    T: tl.constexpr = _begin(TILES, len(TILES))
+    LAST: tl.constexpr = len(TILES) - 1
     n = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, KEYS)
-    c = tl.arange(0, WIDTH)
-    start = n * padded * width
-    table = n * padded * K
-    q_tile = _tile(q + start, i, c, width, padded, width)
-    scores = _scores(
-        q_tile, k + start, from_query + table, from_key + table, buckets, i, j, c,
-        padded, width, K, IRPE, PRECISION,
-    )  # fmt: skip
-    lowest = tl.min(scores, axis=1)  # padding may lower it, which costs a round at most
-    scores = tl.where(j[None, :] < tokens, scores, -float("inf"))
-    highest = tl.max(scores, axis=1)
-    tail = scores
-    if TAIL:
-        j_tail = KEYS + tl.arange(0, TAIL)
-        tail = _scores(
-            q_tile, k + start, from_query + table, from_key + table, buckets, i, j_tail, c,
-            padded, width, K, IRPE, PRECISION,
+    rows = i
+    if T % ROWS != 0:
+        rows = tl.minimum(i, T - 1)
+    q += n * T * D
+    k += n * T * D
+    v += n * T * D
+    from_query += n * T * K
+    from_key += n * T * K
+    q_tile = _rows(q, rows, D, WIDTH)
+    scores = ()
+    for t in tl.static_range(len(TILES)):
+        j = _begin(TILES, t) + tl.arange(0, TILES[t])
+        scores = scores + (
+            _score_tile(
+                q_tile, k, from_query, from_key, buckets, rows, j,
+                T, D, WIDTH, K, IRPE, PRECISION,
+            ),
         )  # fmt: skip
-        lowest = tl.minimum(lowest, tl.min(tail, axis=1))
-        tail = tl.where(j_tail[None, :] < tokens, tail, -float("inf"))
-        highest = tl.maximum(highest, tl.max(tail, axis=1))
+    lowest = tl.min(scores[0], axis=1)
+    for t in tl.static_range(1, _tiles_with(TILES, TOP_H)):
+        lowest = tl.minimum(lowest, tl.min(scores[t], axis=1))  # padding may lower it: no harm
+    # The tokens' padding is in the last tile: a tile has 16 keys and more, the padding fewer.
+    j = _begin(TILES, LAST) + tl.arange(0, TILES[LAST])
+    scores = scores[:LAST] + (tl.where((j < tokens)[None, :], scores[LAST], -float("inf")),)
+    highest = tl.max(scores[0], axis=1)
+    for t in tl.static_range(1, len(TILES)):
+        highest = tl.maximum(highest, tl.max(scores[t], axis=1))
     threshold = highest
-    if SPARSE:
-        threshold = _threshold(scores, tail, lowest, highest, top_h, i < tokens, BY_VALUE, TAIL)
+    if TOP_H:
+        threshold = _threshold(scores, lowest, highest, i < tokens, TILES, TOP_H, BY_VALUE)
     sharpness = scale * 1.4426950408889634  # exp(x) = 2^(x log2 e)
-    shares = _shares(scores, threshold, highest, sharpness, SPARSE)
-    total = tl.sum(shares, axis=1)
-    if TAIL:
-        tail = _shares(tail, threshold, highest, sharpness, SPARSE)
-        total += tl.sum(tail, axis=1)
+    total = tl.zeros_like(highest)
+    shares = ()
+    for t in tl.static_range(len(TILES)):
+        # NaN stays, so that it is noticed.
+        share = tl.exp2(scores[t] * sharpness - (highest * sharpness)[:, None])
+        if TOP_H:
+            share = tl.where(scores[t] < threshold[:, None], 0.0, share)
+        total += tl.sum(share, axis=1)
+        shares = shares + (share,)
     factor = tl.where(i < tokens, 1.0 / total, 0.0)[:, None]
-    some = (shares * factor).to(v.dtype.element_ty)
-    pairs = weights + n * padded * padded
-    _put(pairs, some, i, j, padded, padded, padded)
-    v_tile = _tile(v + start, j, c, width, padded, width)
-    mixed = tl.dot(some, v_tile, input_precision=PRECISION)
-    if TAIL:
-        j_tail = KEYS + tl.arange(0, TAIL)
-        rest = (tail * factor).to(v.dtype.element_ty)
-        _put(pairs, rest, i, j_tail, padded, padded, padded)
-        v_tail = _tile(v + start, j_tail, c, width, padded, width)
-        mixed = tl.dot(rest, v_tail, mixed, input_precision=PRECISION)
-    _put(out + start, mixed, i, c, width, padded, width)
+    mixed = tl.zeros((ROWS, WIDTH), tl.float32)
+    for t in tl.static_range(len(TILES)):
+        j = _begin(TILES, t) + tl.arange(0, TILES[t])
+        share = (shares[t] * factor).to(v.dtype.element_ty)
+        _put(weights + n * T * T, share, i, j, T, T)
+        mixed = tl.dot(share, _rows(v, j, D, WIDTH), mixed, input_precision=PRECISION)
+    _put(out + n * T * D, mixed, i, tl.arange(0, WIDTH), T, D)
 
 
 @triton.jit
@@ -237,46 +245,37 @@ def _slope_kernel(
     slope,
     turned,
     grad_q,
-    padded,
-    width,
     scale,
+    TILES: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
-    WIDTH: tl.constexpr,
     IRPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    T: tl.constexpr = _begin(TILES, len(TILES))
     n = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, KEYS)
-    c = tl.arange(0, WIDTH)
-    start = n * padded * width
-    pairs = n * padded * padded
-    values = from_value + n * padded * K
-    grad_tile = _tile(grad + start, i, c, width, padded, width)
-    out_tile = _tile(out + start, i, c, width, padded, width)
+    rows = i
+    if T % ROWS != 0:
+        rows = tl.minimum(i, T - 1)
+    k += n * T * D
+    v += n * T * D
+    grad_tile = _rows(grad + n * T * D, rows, D, WIDTH)
+    out_tile = _rows(out + n * T * D, rows, D, WIDTH)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
-    steep = _slopes(
-        grad_tile, mean, v + start, weights + pairs, values, buckets, i, j, c,
-        padded, width, scale, K, IRPE, PRECISION,
-    ).to(k.dtype.element_ty)  # fmt: skip
-    _put(slope + pairs, steep, i, j, padded, padded, padded)
-    _put(turned + pairs, tl.trans(steep), j, i, padded, padded, padded)
-    k_tile = _tile(k + start, j, c, width, padded, width)
-    back = tl.dot(steep, k_tile, input_precision=PRECISION)
-    if TAIL:
-        j_tail = KEYS + tl.arange(0, TAIL)
-        rest = _slopes(
-            grad_tile, mean, v + start, weights + pairs, values, buckets, i, j_tail, c,
-            padded, width, scale, K, IRPE, PRECISION,
+    back = tl.zeros((ROWS, WIDTH), tl.float32)
+    for t in tl.static_range(len(TILES)):
+        j = _begin(TILES, t) + tl.arange(0, TILES[t])
+        steep = _slope_tile(
+            grad_tile, mean, v, weights + n * T * T, from_value + n * T * K, buckets, rows, j,
+            scale, T, D, WIDTH, K, IRPE, PRECISION,
         ).to(k.dtype.element_ty)  # fmt: skip
-        _put(slope + pairs, rest, i, j_tail, padded, padded, padded)
-        _put(turned + pairs, tl.trans(rest), j_tail, i, padded, padded, padded)
-        k_tail = _tile(k + start, j_tail, c, width, padded, width)
-        back = tl.dot(rest, k_tail, back, input_precision=PRECISION)
-    _put(grad_q + start, back, i, c, width, padded, width)
+        _put(slope + n * T * T, steep, i, j, T, T)
+        _put(turned + n * T * T, tl.trans(steep), j, i, T, T)
+        back = tl.dot(steep, _rows(k, j, D, WIDTH), back, input_precision=PRECISION)
+    _put(grad_q + n * T * D, back, i, tl.arange(0, WIDTH), T, D)
 
 
 def attend(
@@ -298,7 +297,7 @@ def attend(
         k: (n, T, d).
         v: (n, T, d).
         from_query: (n, T, K), products of the queries with r^K; None: no positions.
-        from_key: (n, K, T), products of r^Q with the keys.
+        from_key: (n, T, K), products of the keys with r^Q.
         buckets: uint8 (T, T).
         tokens: how many of the T tokens there are.
         top_h: keys that each query keeps, at most `tokens`; None: all.
@@ -307,14 +306,14 @@ def attend(
     Returns:
         (n, T, d), without r^V, and weights (n, T, T).
     """
-    n, padded, width = v.shape
+    n, padded = v.shape[:2]
     out, weights = torch.empty_like(v), v.new_empty(n, padded, padded)
     some: Any = q  # a pointer that is not read
     _attend_kernel[_programs(v, _ATTEND)](
         *(q, k, v),
         *(some if x is None else x for x in (from_query, from_key, buckets)),
-        *(out, weights, tokens, padded, width, scale, top_h or 0),
-        SPARSE=top_h is not None,
+        *(out, weights, tokens, scale),
+        TOP_H=top_h or 0,
         BY_VALUE=_ROUNDS_BY_VALUE,
         **_options(v, from_query, _ATTEND),
     )
@@ -352,45 +351,46 @@ def slopes(
     _slope_kernel[_programs(v, _SLOPES)](
         *(grad, out, k, v, weights),
         *(some if x is None else x for x in (from_value, buckets)),
-        *(slope, turned, grad_q, v.shape[1], v.shape[2], scale),
+        *(slope, turned, grad_q, scale),
         **_options(v, from_value, _SLOPES),
     )
     return slope, turned, grad_q
 
 
-# Keys a program holds -> rows it works on, and its warps; `benchmarks.sr_shapes` compares them.
-_ATTEND = {288: (64, 4), 512: (16, 4)}
-_SLOPES = {128: (16, 4), 288: (32, 4), 512: (16, 4)}
+_TILE = 128  # keys of a tile at most: larger ones take too many registers at once
+# Tokens up to which a program is of so many rows and warps, and of registers a thread at most (None:
+# all there are); `benchmarks.sr_shapes` compares them.
+Shape = tuple[int, int, int | None]
+_ATTEND: dict[int, Shape] = {64: (16, 1, None), 208: (64, 4, 168), 512: (64, 4, None)}
+_SLOPES: dict[int, Shape] = {64: (16, 1, None), 208: (64, 4, 168), 512: (64, 4, None)}
 
 
-def _keys(tokens: int) -> tuple[int, int]:
-    """Tiles that hold the keys of a row: one of a power of two, and another (or 0) for the rest."""
-    whole = max(16, triton.next_power_of_2(tokens))
-    part = whole // 2
-    rest = triton.next_power_of_2(tokens - part) if part >= 16 else whole
-    return (part, rest) if part + rest < whole else (whole, 0)
+def _tiles(tokens: int) -> tuple[int, ...]:
+    """Powers of two that make up a number of tokens (a multiple of 16), the largest first."""
+    whole, rest = divmod(tokens, _TILE)
+    return (_TILE,) * whole + tuple(size for size in (64, 32, 16) if rest & size)
 
 
-def _shape(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Rows and warps of a program."""
-    keys = sum(_keys(v.shape[1]))
-    return next(shape for limit, shape in shapes.items() if keys <= limit)
+def _shape(v: Tensor, shapes: dict[int, Shape]) -> Shape:
+    """Of the programs for (n, T, d)."""
+    return next(shape for limit, shape in shapes.items() if v.shape[1] <= limit)
 
 
-def _programs(v: Tensor, shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+def _programs(v: Tensor, shapes: dict[int, Shape]) -> tuple[int, int]:
     return triton.cdiv(v.shape[1], _shape(v, shapes)[0]), v.shape[0]
 
 
-def _options(v: Tensor, table: Tensor | None, shapes: dict[int, tuple[int, int]]) -> dict[str, Any]:
+def _options(v: Tensor, table: Tensor | None, shapes: dict[int, Shape]) -> dict[str, Any]:
     """What a kernel is compiled for. float32 products are made in full, as the definition's."""
-    (keys, tail), (rows, warps) = _keys(v.shape[1]), _shape(v, shapes)
+    rows, warps, registers = _shape(v, shapes)
     return {
+        "TILES": _tiles(v.shape[1]),
+        "D": v.shape[2],
+        "WIDTH": max(16, triton.next_power_of_2(v.shape[2])),
         "K": 1 if table is None else table.numel() // (v.shape[0] * v.shape[1]),
         "ROWS": rows,
-        "KEYS": keys,
-        "TAIL": tail,
-        "WIDTH": max(16, triton.next_power_of_2(v.shape[2])),
         "IRPE": table is not None,
         "PRECISION": "ieee",
         "num_warps": warps,
+        "maxnreg": registers,
     }

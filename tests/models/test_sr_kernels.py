@@ -83,8 +83,9 @@ def test_kernels_are_the_definition(irpe, top_h, per_head):
 
 @pytest.mark.parametrize(("grid", "tokens"), [((6, 6), 37), ((16, 16), 257)])
 def test_rows_of_a_whole_crop(grid, tokens):
-    """As many keys as take a second tile."""
-    assert sr_kernels._keys(padded_tokens(tokens)) == {37: (32, 16), 257: (256, 16)}[tokens]
+    """As many keys as take several tiles."""
+    tiles = {37: (32, 16), 257: (128, 128, 16)}[tokens]
+    assert sr_kernels._tiles(padded_tokens(tokens)) == tiles
     (q, k, v), tables = _inputs(batch=1, heads=1, tokens=tokens, width=16)
     index = bucket_index(*grid, 1).to(DEVICE)
     weight = torch.randn_like(q)
@@ -110,14 +111,12 @@ def test_ties_and_signed_zeros_are_kept():
     torch.testing.assert_close(got[0, 0], kept.softmax(0).expand(6, 6))
 
 
-@pytest.mark.parametrize("tokens", [16, 32, 48, 80, 96, 208, 272, 320, 416, 512])
-def test_tiles_of_keys_hold_them_and_are_of_powers_of_two(tokens):
-    keys, tail = sr_kernels._keys(tokens)
-    assert keys + tail >= tokens > (keys if tail else keys // 2)
-    assert all(size & (size - 1) == 0 for size in (keys, tail))
-    assert keys >= 16
-    assert tail == 0 or tail >= 16
-    assert keys + tail <= KERNEL_TOKENS
+@pytest.mark.parametrize("tokens", range(16, KERNEL_TOKENS + 1, 16))
+def test_tiles_are_powers_of_two_that_make_up_the_keys(tokens):
+    tiles = sr_kernels._tiles(tokens)
+    assert sum(tiles) == tokens
+    assert list(tiles) == sorted(tiles, reverse=True)
+    assert all(size in (16, 32, 64, 128) for size in tiles)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
@@ -211,24 +210,24 @@ from cytoray.models import sr_kernels
 dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[1]]
 values = torch.empty(1, int(sys.argv[2]), 64, dtype=dtype, device="meta")
 table = torch.empty(1, values.shape[1], 64, device="meta")
-numbers = {"tokens": "i32", "padded": "i32", "width": "i32", "top_h": "i32", "scale": "fp32"}
+numbers = {"tokens": "i32", "scale": "fp32"}
 for kernel, shapes in (
     (sr_kernels._attend_kernel, sr_kernels._ATTEND),
     (sr_kernels._slope_kernel, sr_kernels._SLOPES),
 ):
     options = sr_kernels._options(values, table, shapes)
-    warps = options.pop("num_warps")
-    fixed = options | ({"SPARSE": True, "BY_VALUE": 16} if "SPARSE" in kernel.arg_names else {})
+    launch = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
+    fixed = options | ({"TOP_H": 16, "BY_VALUE": 16} if "TOP_H" in kernel.arg_names else {})
     signature = {
         name: "constexpr" if name in fixed else "*u8" if name == "buckets"
         else numbers.get(name, "*" + sys.argv[1])
         for name in kernel.arg_names
     }
-    places = [kernel.arg_names.index(n) for n in kernel.arg_names if n in ("padded", "width")]
+    places = [place for place, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
     attrs = {(place,): [["tt.divisibility", 16]] for place in places}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attrs)
     target = GPUTarget("cuda", int(sys.argv[3]), 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps})
+    made = triton.compile(source, target=target, options=launch)
     print(made.metadata.shared)
 """
 
