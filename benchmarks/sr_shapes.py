@@ -2,10 +2,11 @@
 
     python -m benchmarks.sr_shapes [--tokens 37 197 257] [--heads 1536] [--rounds 10]
 
-Times both kernels (bf16, heads of 64, top 16, relative positions) in every shape, and what else an
+Times every kernel (bf16, heads of 64, top 16, relative positions) in every shape, and what else an
 attention takes: products, sums by bucket, and PyTorch's own attention. What is fastest belongs into
-`cytoray.models.sr_kernels` (`_ATTEND`, `_SLOPES`). The last line is JSON: for each number of tokens
-the microseconds of everything, null where a shape does not compile.
+`cytoray.models.sr_kernels` (`_ATTEND`, `_SLOPES`) and `cytoray.models.sr_kernel_products` (`_KEYS`,
+`_TABLES`). The last line is JSON: for each number of tokens the microseconds of everything, null
+where a shape does not compile.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from cytoray.models import sr_kernel_ops, sr_kernels
-from cytoray.models.irpe import PADDED_BUCKETS, bucket_index, kernel_maps, padded_tokens
+from cytoray.models import sr_kernel_ops, sr_kernel_products, sr_kernels
+from cytoray.models.irpe import PADDED_BUCKETS, bucket_index, kernel_maps
 
 WIDTH, TOP_H = 64, 16
 SHAPES: list[sr_kernels.Shape] = [
@@ -29,6 +30,7 @@ SHAPES: list[sr_kernels.Shape] = [
     for rows, warps in ((16, 1), (16, 4), (32, 2), (32, 4), (64, 4))
     for registers in (None, 168, 128)
 ]
+PRODUCT_SHAPES = [(32, 4), (64, 4), (64, 8), (128, 8)]
 HEADS_A_CROP = 6
 
 
@@ -46,68 +48,82 @@ def microseconds(function: Callable[[], Any], rounds: int) -> float:
     return round(1e3 * start.elapsed_time(stop) / rounds, 1)
 
 
+def timed(function: Callable[[], Any], rounds: int) -> float | None:
+    """`microseconds`, None where the device has no room for it."""
+    try:
+        return microseconds(function, rounds)
+    except (triton.OutOfResources, triton.CompilationError):
+        return None
+
+
 def measure(tokens: int, heads: int, rounds: int) -> dict[str, float | None]:
     """Everything of one number of tokens (a square of patches and the class token)."""
     side = round((tokens - 1) ** 0.5)
     maps = kernel_maps(bucket_index(side, side, 1), torch.bfloat16)
     buckets, of_queries = maps.buckets.cuda(), maps.of_queries.cuda()
-    padded = padded_tokens(tokens)
+    crops = heads // HEADS_A_CROP
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-    q, k, v, grad = (
-        F.pad(random(heads, tokens, WIDTH), (0, 0, 0, padded - tokens)) for _ in range(4)
-    )
-    table = random(PADDED_BUCKETS, WIDTH)
-    from_query, from_key = q @ table.mT, k @ table.mT
+    qkv = random(crops, tokens, 3, HEADS_A_CROP, WIDTH)
+    grad = random(crops, tokens, HEADS_A_CROP, WIDTH)
+    grad_qkv = torch.empty_like(qkv)
+    tables = random(3, PADDED_BUCKETS, WIDTH)
+    from_query, from_key = (sr_kernel_ops._table_products(qkv[:, :, x], tables[x]) for x in (0, 1))
     scale = WIDTH**-0.5
 
     def attend() -> tuple[Tensor, Tensor]:
-        return sr_kernels.attend(
-            q, k, v, from_query, from_key, buckets, tokens=tokens, top_h=TOP_H, scale=scale
-        )
+        return sr_kernels.attend(qkv, from_query, from_key, buckets, top_h=TOP_H, scale=scale)
 
     out, weights = attend()
 
-    def slopes() -> tuple[Tensor, ...]:
-        return sr_kernels.slopes(grad, out, k, v, weights, from_query, buckets, scale=scale)
+    def slopes() -> tuple[Tensor, Tensor]:
+        return sr_kernels.slopes(
+            grad, out, qkv, weights, from_query, buckets, grad_qkv, scale=scale
+        )
+
+    slope, turned = slopes()
+    sums = weights.new_empty(2, len(weights), tokens, PADDED_BUCKETS)
+    for pairs, into in ((slope, sums[0]), (turned, sums[1])):
+        sr_kernel_ops._sum_pairs(pairs, of_queries, into)
+
+    def keys() -> None:
+        sr_kernel_products.add_key_gradients(turned, weights, qkv, grad, grad_qkv)
+
+    def table_gradients() -> Tensor:
+        return sr_kernel_products.table_gradients(sums, qkv, tables, grad_qkv)
 
     found: dict[str, float | None] = {}
-    for shape in SHAPES:
-        for name, run, shapes in (
-            ("attend", attend, sr_kernels._ATTEND),
-            ("slopes", slopes, sr_kernels._SLOPES),
-        ):
-            before = dict(shapes)
+    for name, run, shapes in (
+        ("attend", attend, sr_kernels._ATTEND),
+        ("slopes", slopes, sr_kernels._SLOPES),
+    ):
+        before = dict(shapes)
+        for shape in SHAPES:
             shapes.update(dict.fromkeys(before, shape))
-            try:
-                took = microseconds(run, rounds)
-            except (triton.OutOfResources, triton.CompilationError):
-                took = None
-            shapes.update(before)
             rows, warps, registers = shape
-            found[f"{name} {rows} rows, {warps} warps, {registers or 255} registers"] = took
-    slope = slopes()[0]
-    sums = sr_kernel_ops._sums(slope, of_queries)
-    heads_of_one = q.unsqueeze(1)
-    found["sums by bucket"] = microseconds(lambda: sr_kernel_ops._sums(slope, of_queries), rounds)
-    found["table product"] = microseconds(lambda: q @ table.mT, rounds)
-    found["table added"] = microseconds(
-        lambda: sr_kernel_ops._add_product(heads_of_one, sums, table), rounds
+            label = f"{name} {rows} rows, {warps} warps, {registers or 255} registers"
+            found[label] = timed(run, rounds)
+        shapes.update(before)
+    for name, run, constant in (("keys", keys, "_KEYS"), ("tables", table_gradients, "_TABLES")):
+        before = getattr(sr_kernel_products, constant)
+        for shape in PRODUCT_SHAPES:
+            setattr(sr_kernel_products, constant, shape)
+            found[f"{name} {shape[0]} rows, {shape[1]} warps"] = timed(run, rounds)
+        setattr(sr_kernel_products, constant, before)
+    found["sums by bucket"] = microseconds(
+        lambda: sr_kernel_ops._sum_pairs(slope, of_queries, sums[0]), rounds
     )
-    found["keys' gradient"] = microseconds(lambda: slope @ q, rounds)
-    crop_q, crop_k, crop_v = crops = [
-        x[:, :tokens].unflatten(0, (-1, HEADS_A_CROP)).contiguous().requires_grad_()
-        for x in (q, k, v)
-    ]
-    plain = F.scaled_dot_product_attention(crop_q, crop_k, crop_v)
+    found["table products"] = microseconds(
+        lambda: sr_kernel_ops._table_products(qkv[:, :, 0], tables[0]), rounds
+    )
+    q, k, v = crop_parts = [x.transpose(1, 2).requires_grad_() for x in qkv.unbind(2)]
+    plain = F.scaled_dot_product_attention(q, k, v)
     upstream = torch.randn_like(plain)
-    found["plain attention"] = microseconds(
-        lambda: F.scaled_dot_product_attention(crop_q, crop_k, crop_v), rounds
-    )
+    found["plain attention"] = microseconds(lambda: F.scaled_dot_product_attention(q, k, v), rounds)
     found["plain attention backward"] = microseconds(
-        lambda: torch.autograd.grad(plain, crops, upstream, retain_graph=True), rounds
+        lambda: torch.autograd.grad(plain, crop_parts, upstream, retain_graph=True), rounds
     )
     return found
 

@@ -58,7 +58,7 @@ def _weights(
     """Attention weights (B, H, N, N) of a block for its input (B, N, D) and rotary embedding."""
     if not isinstance(attention, SRAttention):  # with both parts off it is the plain one
         attention = SRAttention(attention, PatchGrids(prefix), SRConfig())
-    q, k, _ = attention._project(x, rope)
+    q, k, _ = attention.project(x, rope).permute(2, 0, 3, 1, 4)
     one_hot = torch.eye(x.shape[1], device=x.device, dtype=q.dtype).expand(*q.shape[:2], -1, -1)
     buckets = cached_buckets(grid, prefix, x.device) if attention.config.irpe else None
     top_h = attention.config.top_h if attention.config.sparse else None

@@ -134,12 +134,13 @@ def _attention(attn: Any, x: Tensor, sizes: Sizes) -> Tensor:
     mix = getattr(attn, "mix", None)  # of SR-attention
     done = []
     for group in split_groups(attn.qkv(x), sizes):
-        q, k, v = group.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = group.unflatten(-1, (3, attn.num_heads, -1))
+        if mix is not None:
+            done.append(mix(attn.normed(qkv)).flatten(2))
+            continue
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-        if mix is None:
-            out = _weighted_values(q, k, v, attn.attn_drop.p if attn.training else 0.0)
-        else:
-            out = mix(q, k, v)
+        out = _weighted_values(q, k, v, attn.attn_drop.p if attn.training else 0.0)
         done.append(out.transpose(1, 2).flatten(2))
     out = attn.norm(join_groups(done))
     gate = getattr(attn, "gate", None)  # SR-attention has none of the parts that were None

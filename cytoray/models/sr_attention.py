@@ -1,7 +1,7 @@
 """SR-attention (Cyto-SSL, eq. 5-9): top-h sparse attention with relative positions on q, k and v.
 
-`sr_attention` is the definition; `fast_sr_attention`, equal to it forward and backward, is what
-models run: two Triton kernels on a CUDA device (see `kernels_serve`), PyTorch operations elsewhere.
+`sr_attention` is the definition. Models run what is equal to it, forward and backward: Triton
+kernels on a CUDA device (`attend_by_kernels` where `kernels_serve`), else `fast_sr_attention`.
 Shapes: B batch, H heads, N tokens, d width of a head, K buckets.
 """
 
@@ -13,17 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cytoray.models.irpe import KernelMaps, has_kernels
-from cytoray.models.sr_kernel_ops import attend_by_kernels
+from cytoray.models.irpe import has_kernels
 from cytoray.models.sr_ops import attend
 
 KERNEL_TYPES = (torch.bfloat16, torch.float16)  # products of float32 are not for a kernel so large
 _HAS_TRITON = find_spec("triton") is not None  # asked once: in a block it would cut compiled code
 
 
-def kernels_serve(v: Tensor) -> bool:
-    """Whether the Triton kernels can attend to values (B, H, N, d): device, type and length."""
-    return has_kernels(v.device, v.shape[-2]) and v.dtype in KERNEL_TYPES and _HAS_TRITON
+def kernels_serve(qkv: Tensor) -> bool:
+    """Whether the Triton kernels serve queries, keys and values (B, N, 3, H, d)."""
+    return has_kernels(qkv.device, qkv.shape[1]) and qkv.dtype in KERNEL_TYPES and _HAS_TRITON
 
 
 def sr_attention(
@@ -90,11 +89,9 @@ def fast_sr_attention(
     r_k: Tensor | None,
     r_q: Tensor | None,
     r_v: Tensor | None,
-    maps: Tensor | KernelMaps | None,
+    maps: Tensor | None,
     top_h: int | None,
     scale: float,
-    *,
-    kernels: bool = False,
 ) -> Tensor:
     """`sr_attention` without its N * N * d tensors, and with one N * N tensor kept for backward.
 
@@ -103,16 +100,11 @@ def fast_sr_attention(
     are at least float32, matrix products of the type of `v`.
 
     Args:
-        maps: of the tokens' grid: `cytoray.models.irpe.pair_maps`, or with `kernels`
-            `KernelMaps`; None with the tables. The rest as in `sr_attention`.
-        kernels: run the Triton kernels, see `kernels_serve`.
+        maps: `cytoray.models.irpe.pair_maps` of the tokens' grid; None with the tables. The rest
+            as in `sr_attention`.
     """
     if top_h is not None and top_h >= q.shape[-2]:
         top_h = None
     if r_k is None and top_h is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    if kernels:
-        assert not isinstance(maps, Tensor)
-        return attend_by_kernels(q, k, v, r_k, r_q, r_v, maps, top_h, scale)
-    assert maps is None or isinstance(maps, Tensor)
     return attend(q, k, v, r_k, r_q, r_v, maps, top_h, scale)[0]

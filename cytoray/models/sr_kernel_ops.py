@@ -1,9 +1,9 @@
 """SR-attention by the Triton kernels as an operation of its own, forward and backward.
 
-`torch.compile` takes it as it is and autograd keeps one T * T tensor for it. Everything is padded
-to whole 16 tokens and buckets: products of ragged matrices take several times as long.
-Shapes: B batch, H heads, n = B * H, T tokens with those that pad them, d width of a head, K buckets
-with those that pad them.
+`torch.compile` takes it as it is and autograd keeps one T * T tensor for it. Pairs and buckets are
+padded to whole 16: products of ragged matrices take several times as long.
+Shapes: B crops, H heads, n = H * B (all crops of a head follow each other), N tokens, T those and
+what pads them, d width of a head, K buckets with those that pad them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from cytoray.models.irpe import NUM_BUCKETS, PADDED_BUCKETS, KernelMaps, padded_
 
 
 def attend_by_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     r_k: Tensor | None,
     r_q: Tensor | None,
     r_v: Tensor | None,
@@ -28,78 +26,84 @@ def attend_by_kernels(
     top_h: int | None,
     scale: float,
 ) -> Tensor:
-    """`cytoray.models.sr_attention.fast_sr_attention` for (B, H, N, d) on a CUDA device."""
-    tokens = q.shape[2]
-    more = padded_tokens(tokens) - tokens
-    q, k, v = (F.pad(x, (0, 0, 0, more)).contiguous() for x in (q, k, v))
+    """`cytoray.models.sr_attention.fast_sr_attention` by the kernels.
+
+    Args:
+        qkv: (B, N, 3, H, d), queries, keys and values as one projection makes them.
+        r_k, r_q, r_v: as there.
+        maps: of the tokens' grid; None with the tables.
+        top_h: as there.
+        scale: as there.
+
+    Returns:
+        (B, N, H, d).
+    """
+    if top_h is not None and top_h >= qkv.shape[1]:
+        top_h = None
+    qkv = qkv.contiguous()
     if r_k is None or r_q is None or r_v is None:
-        out = attend(q, k, v, None, None, None, None, tokens, top_h, scale)[0]
-    else:
-        assert maps is not None
-        tables = torch.stack([r_k, r_q, r_v]).to(v.dtype)
-        tables = F.pad(tables, (0, 0, 0, PADDED_BUCKETS - NUM_BUCKETS))
-        # By name: torch 2.11 cannot unpack a named tuple in code it compiles.
-        each = (maps.buckets, maps.of_queries, maps.of_keys)
-        out = attend(q, k, v, tables, *each, tokens, top_h, scale)[0]
-    return out[:, :, :tokens]
+        return attend(qkv, None, None, None, None, top_h, scale)[0]
+    assert maps is not None
+    tables = torch.stack([r_k, r_q, r_v]).to(qkv.dtype)
+    tables = F.pad(tables, (0, 0, 0, PADDED_BUCKETS - NUM_BUCKETS))
+    # By name: torch 2.11 cannot unpack a named tuple in code it compiles.
+    each = (maps.buckets, maps.of_queries, maps.of_keys)
+    return attend(qkv, tables, *each, top_h, scale)[0]
 
 
 @torch.library.custom_op("cytoray::sr_attend_kernels", mutates_args=())
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     tables: Tensor | None,
     buckets: Tensor | None,
     of_queries: Tensor | None,
     of_keys: Tensor | None,
-    tokens: int,
     top_h: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernels mix, with what its gradient needs.
 
     Args:
-        q: (B, H, T, d), contiguous, zero past `tokens`; as `k` and `v`.
+        qkv: (B, N, 3, H, d), contiguous.
         tables: r^K, r^Q and r^V, (3, K, d) or (3, H, K, d); None with the three maps.
         buckets, of_queries, of_keys: of `KernelMaps`.
+        top_h: keys that each query keeps, below N; None: all.
+        scale: of the scores.
 
     Returns:
-        Output (B, H, T, d), the weights (n, T, T) and, with tables, their sums by bucket
-        (n, T, K). The latter two have no gradient.
+        Output (B, N, H, d), the weights (n, T, T) and, with tables, their sums by bucket
+        (1, n, N, K). The latter two have no gradient.
     """
     from cytoray.models import sr_kernels
 
-    with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
+    with torch.autocast(qkv.device.type, enabled=False), torch.cuda.device_of(qkv):
         from_query, from_key = None, None
         if tables is not None:
-            from_query = (q @ tables[0].mT).flatten(0, 1)
-            from_key = (k @ tables[1].mT).flatten(0, 1)
-        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+            from_query, from_key = (_table_products(qkv[:, :, x], tables[x]) for x in (0, 1))
         out, weights = sr_kernels.attend(
-            flat_q, flat_k, flat_v, from_query, from_key, buckets,
-            tokens=tokens, top_h=top_h, scale=scale,
-        )  # fmt: skip
-        out = out.view(v.shape)
+            qkv, from_query, from_key, buckets, top_h=top_h, scale=scale
+        )
         if tables is None or of_queries is None:
-            return out, weights, v.new_empty(0)
-        sums = _sums(weights, of_queries)
-        return _add_product(out, sums, tables[2]), weights, sums
+            return out, weights, qkv.new_empty(0)
+        sums = weights.new_empty(1, len(weights), qkv.shape[1], tables.shape[-2])
+        _sum_pairs(weights, of_queries, sums[0])
+        _by_head(out).baddbmm_(_by_head_and_row(sums[0], out), _of_heads(tables[2], out.shape[2]))
+        return out, weights, sums
 
 
 @attend.register_fake
-def _(q, k, v, tables, buckets, of_queries, of_keys, tokens, top_h, scale):
-    n, padded = v.shape[0] * v.shape[1], v.shape[2]
-    sums = v.new_empty(0) if tables is None else v.new_empty(n, padded, tables.shape[-2])
-    return torch.empty_like(v), v.new_empty(n, padded, padded), sums
+def _(qkv, tables, buckets, of_queries, of_keys, top_h, scale):
+    crops, tokens, _, heads, width = qkv.shape
+    n, padded = heads * crops, padded_tokens(tokens)
+    sums = qkv.new_empty(0) if tables is None else qkv.new_empty(1, n, tokens, tables.shape[-2])
+    out = qkv.new_empty(crops, tokens, heads, width)
+    return out, qkv.new_empty(n, padded, padded), sums
 
 
 @torch.library.custom_op("cytoray::sr_attend_kernels_backward", mutates_args=())
 def attend_backward(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     tables: Tensor | None,
     buckets: Tensor | None,
     of_queries: Tensor | None,
@@ -108,83 +112,85 @@ def attend_backward(
     weights: Tensor,
     sums: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients for q, k, v (B, H, T, d) and the tables (empty where there are none).
+) -> tuple[Tensor, Tensor]:
+    """Gradients for qkv (B, N, 3, H, d) and the tables (empty where there are none).
 
     What falls below the threshold has weight 0 and so no gradient: neither the scores nor the
     choice of the largest need be kept.
 
     Args:
-        grad: (B, H, T, d), for the output, zero past the tokens; the rest as `attend` has it.
+        grad: (B, N, H, d), for the output; the rest as `attend` has it.
     """
-    from cytoray.models import sr_kernels
+    from cytoray.models import sr_kernel_products, sr_kernels
 
-    with torch.autocast(v.device.type, enabled=False), torch.cuda.device_of(v):
+    with torch.autocast(qkv.device.type, enabled=False), torch.cuda.device_of(qkv):
         grad = grad.contiguous()
-        from_value = None if tables is None else (grad @ tables[2].mT).flatten(0, 1)
-        flat_grad, flat_out, flat_q, flat_k, flat_v = (
-            x.flatten(0, 1) for x in (grad, out, q, k, v)
+        grad_qkv = torch.empty_like(qkv)
+        from_value = None if tables is None else _table_products(grad, tables[2])
+        slope, turned = sr_kernels.slopes(
+            grad, out, qkv, weights, from_value, buckets, grad_qkv, scale=scale
         )
-        slope, turned, grad_q = sr_kernels.slopes(
-            flat_grad, flat_out, flat_k, flat_v, weights, from_value, buckets, scale=scale
-        )
-        grad_q, grad_k, grad_v = (
-            x.view(v.shape) for x in (grad_q, turned @ flat_q, weights.mT @ flat_grad)
-        )
+        sr_kernel_products.add_key_gradients(turned, weights, qkv, grad, grad_qkv)
         if tables is None or of_queries is None or of_keys is None:
-            return grad_q, grad_k, grad_v, v.new_empty(0)
-        by_query, by_key = _sums(slope, of_queries), _sums(turned, of_keys)
-        grad_tables = torch.empty_like(tables)
-        for made, sums_of, vectors in zip(
-            grad_tables, (by_query, by_key, sums), (q, k, grad), strict=True
-        ):
-            _products(sums_of, vectors, made)
-        grad_q = _add_product(grad_q, by_query, tables[0])
-        grad_k = _add_product(grad_k, by_key, tables[1])
-        return grad_q, grad_k, grad_v, grad_tables
+            return grad_qkv, qkv.new_empty(0)
+        slope_sums = sums.new_empty(2, *sums.shape[1:])
+        _sum_pairs(slope, of_queries, slope_sums[0])
+        _sum_pairs(turned, of_keys, slope_sums[1])
+        grad_tables = torch.cat(
+            [
+                sr_kernel_products.table_gradients(slope_sums, qkv, tables, grad_qkv),
+                sr_kernel_products.table_gradients(sums, grad.unsqueeze(2), tables[2:]),
+            ]
+        )
+        return grad_qkv, grad_tables.to(tables.dtype)
 
 
 @attend_backward.register_fake
-def _(grad, q, k, v, tables, buckets, of_queries, of_keys, out, weights, sums, scale):
-    grad_tables = v.new_empty(0) if tables is None else torch.empty_like(tables)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_tables
+def _(grad, qkv, tables, buckets, of_queries, of_keys, out, weights, sums, scale):
+    grad_tables = qkv.new_empty(0) if tables is None else torch.empty_like(tables)
+    return torch.empty_like(qkv), grad_tables
 
 
-def _sums(pairs: Tensor, maps: Tensor) -> Tensor:
-    """sum over the second tokens of a bucket: (n, T, T) with maps (T, T, K) to (n, T, K)."""
-    sums = pairs.new_empty(*pairs.shape[:2], maps.shape[-1])
-    torch.bmm(pairs.transpose(0, 1), maps, out=sums.transpose(0, 1))
-    return sums
+def _by_head(x: Tensor) -> Tensor:
+    """(B, N, H, d), wherever it lies, as (H, B * N, d)."""
+    return x.flatten(0, 1).transpose(0, 1)
 
 
-def _add_product(x: Tensor, sums: Tensor, table: Tensor) -> Tensor:
-    """x + sums @ table, in the memory of `x` (B, H, T, d), for a table (K, d) or (H, K, d)."""
-    if table.dim() == 2:
-        x.view(-1, x.shape[-1]).addmm_(sums.flatten(0, 1), table)
-        return x
-    return x.add_(sums.view(*x.shape[:3], -1) @ table)
+def _by_head_and_row(sums: Tensor, x: Tensor) -> Tensor:
+    """(n, N, K) as (H, B * N, K), for x (B, N, H, d)."""
+    return sums.view(x.shape[2], -1, sums.shape[-1])
 
 
-def _products(sums: Tensor, vectors: Tensor, made: Tensor) -> None:
-    """sum over the tokens of sums^T vectors: (n, T, K), (B, H, T, d) into (K, d) or (H, K, d)."""
-    if made.dim() == 2:
-        torch.mm(sums.flatten(0, 1).mT, vectors.flatten(0, 2), out=made)
-    else:
-        made.copy_(torch.einsum("bhtk,bhtd->hkd", sums.view(*vectors.shape[:3], -1), vectors))
+def _of_heads(table: Tensor, heads: int) -> Tensor:
+    """A table (K, d) or (H, K, d) as (H, K, d)."""
+    return table.expand(heads, -1, -1)
+
+
+def _table_products(x: Tensor, table: Tensor) -> Tensor:
+    """x (B, N, H, d) times a table (K, d) or (H, K, d), transposed: (n, N, K)."""
+    crops, tokens, heads, _ = x.shape
+    products = torch.bmm(_by_head(x), _of_heads(table, heads).mT)
+    return products.view(heads * crops, tokens, -1)
+
+
+def _sum_pairs(pairs: Tensor, maps: Tensor, sums: Tensor) -> None:
+    """sum over the second tokens of a bucket: (n, T, T) with maps (T, T, K) into (n, N, K)."""
+    tokens = sums.shape[1]
+    torch.bmm(pairs[:, :tokens].transpose(0, 1), maps[:tokens], out=sums.transpose(0, 1))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, _, _, ctx.scale = inputs
+    *tensors, _, ctx.scale = inputs
     ctx.set_materialize_grads(False)  # those of the weights would be as large as they are
     ctx.save_for_backward(*tensors, *output)
 
 
 def _go_back(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
+        return (None,) * 7
     saved = ctx.saved_tensors
-    *found, grad_tables = attend_backward(grad, *saved, ctx.scale)
-    return *found, None if saved[3] is None else grad_tables, *(None,) * 6
+    grad_qkv, grad_tables = attend_backward(grad, *saved, ctx.scale)
+    return grad_qkv, None if saved[1] is None else grad_tables, *(None,) * 5
 
 
 attend.register_autograd(_go_back, setup_context=_keep)

@@ -1,12 +1,15 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# (Triton reads the kernels, Python does not)
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# ruff: noqa: RUF005
+# (Triton reads the kernels, Python does not; it has no unpacking of tuples)
 """SR-attention in two Triton kernels: a program holds some rows of scores whole, on the chip.
 
 The scores, the threshold of each row and the softmax are never written to memory; the weights are,
-once, in the type of `v`. Sums over the pairs of a bucket are left to matrix products, so nothing is
-added atomically and a step can be repeated bit by bit.
-Shapes: n batch times heads, T tokens (a multiple of 16, see `padded_tokens`; those past `tokens`
-are zero and stay so), d width of a head, K buckets (padded as well).
+once, in the type of `qkv`. Sums over the pairs of a bucket are left to matrix products, so nothing
+is added atomically and a step can be repeated bit by bit.
+Shapes: B crops, H heads, n = H * B (all crops of a head follow each other), N tokens, T those and
+what pads them to whole 16, d width of a head, K buckets (padded as well). Queries, keys and values
+come as the projection makes them, (B, N, 3, H, d), and nothing is copied to be in another order.
 """
 
 from __future__ import annotations
@@ -18,13 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cytoray.models.irpe import padded_tokens
+from cytoray.models.sr_kernel_threshold import begin, find_threshold
+
 _ROUNDS_BY_VALUE = 16  # of scores spread as a normal distribution, all of 64 rows need about 10
-
-
-@triton.constexpr_function
-def _begin(tiles, t):
-    """Where the t-th tile of a row begins."""
-    return sum(int(size) for size in tiles[: int(t)])
 
 
 @triton.constexpr_function
@@ -34,21 +34,29 @@ def _tiles_with(tiles, count):
 
 
 @triton.jit
-def _rows(base, rows, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of a matrix of width D, with zeros up to WIDTH."""
+def rows_of(base, rows, STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of width D, with zeros up to WIDTH."""
     c = tl.arange(0, WIDTH)
-    place = base + rows[:, None] * D + c[None, :]
+    place = base + rows[:, None] * STRIDE + c[None, :]
     if WIDTH == D:
         return tl.load(place)
     return tl.load(place, mask=(c < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _put(base, values, i, c, T: tl.constexpr, D: tl.constexpr):
-    """Write rows i and columns c of a matrix (T, D), as far as they are within it."""
-    inside = (i < T)[:, None] & (c < D)[None, :]
-    place = base + i[:, None] * D + c[None, :]
+def put_rows(base, values, i, end, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Write rows i of width D, those before `end`."""
+    c = tl.arange(0, values.shape[1])
+    inside = (i < end)[:, None] & (c < D)[None, :]
+    place = base + i[:, None] * STRIDE + c[None, :]
     tl.store(place, values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _put_pairs(base, values, i, j, T: tl.constexpr):
+    """Write pairs of rows i and columns j, those of T tokens."""
+    inside = (i < T)[:, None] & (j < T)[None, :]
+    tl.store(base + i[:, None] * T + j[None, :], values.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -59,117 +67,51 @@ def _bucket_tile(buckets, rows, j, T: tl.constexpr):
 @triton.jit
 def _score_tile(
     q_tile, k, from_query, from_key, buckets, rows, j,
-    T: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
-    IRPE: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores before they are scaled, of some rows and keys j."""
+    """Scores before they are scaled, of some rows and keys j; those of padding are of no use."""
+    columns = tl.minimum(j, N - 1)
     scores = tl.zeros((rows.shape[0], j.shape[0]), tl.float32)
     if IRPE:
         bucket = _bucket_tile(buckets, rows, j, T)
         scores = tl.load((from_query + rows * K)[:, None] + bucket).to(tl.float32)
-        scores += tl.load((from_key + j * K)[None, :] + bucket).to(tl.float32)
-    return tl.dot(q_tile, tl.trans(_rows(k, j, D, WIDTH)), scores, input_precision=PRECISION)
+        scores += tl.load((from_key + columns * K)[None, :] + bucket).to(tl.float32)
+    k_tile = rows_of(k, columns, STRIDE, D, WIDTH)
+    return tl.dot(q_tile, tl.trans(k_tile), scores, input_precision=PRECISION)
 
 
 @triton.jit
 def _slope_tile(
-    grad_tile, mean, v, weights, from_value, buckets, rows, j, scale,
-    T: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
-    IRPE: tl.constexpr, PRECISION: tl.constexpr,
+    grad_tile, mean, v, weights, from_value, buckets, i, rows, j, scale,
+    N: tl.constexpr, T: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, IRPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient for the scores before they are scaled, of some rows and keys j."""
+    """Gradient for the scores before they are scaled, of rows i and keys j; 0 of padding."""
     steep = tl.zeros((rows.shape[0], j.shape[0]), tl.float32)
     if IRPE:
         bucket = _bucket_tile(buckets, rows, j, T)
         steep = tl.load((from_value + rows * K)[:, None] + bucket).to(tl.float32)
-    steep = tl.dot(grad_tile, tl.trans(_rows(v, j, D, WIDTH)), steep, input_precision=PRECISION)
-    shares = tl.load(weights + rows[:, None] * T + j[None, :]).to(tl.float32)
+    v_tile = rows_of(v, tl.minimum(j, N - 1), STRIDE, D, WIDTH)
+    steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
+    there = (i < N)[:, None] & (j < T)[None, :]
+    shares = tl.load(weights + rows[:, None] * T + j[None, :], mask=there, other=0.0).to(tl.float32)
     return shares * (steep * scale - (mean * scale)[:, None])
 
 
 @triton.jit
-def _key_of(values):
-    """Integers in the order of the floats; zero and negative zero are one."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _value_of(keys):
-    bits = tl.where(keys < 0, keys ^ 0x7FFFFFFF, keys)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _count(scores, bound, TILES: tl.constexpr):
-    """How many of each row are at or above a bound."""
-    below = tl.zeros_like(bound).to(tl.int32)
-    for t in tl.static_range(len(TILES)):
-        # The sign of a difference is a comparison that needs no predicate.
-        apart = (scores[t] - bound[:, None]).to(tl.uint32, bitcast=True)
-        below += tl.sum(apart >> 31, axis=1).to(tl.int32)
-    return _begin(TILES, len(TILES)) - below
-
-
-@triton.jit
-def _largest_below(scores, bound, TILES: tl.constexpr):
-    found = tl.full(bound.shape, -float("inf"), tl.float32)
-    for t in tl.static_range(len(TILES)):
-        lower = tl.where(scores[t] < bound[:, None], scores[t], -float("inf"))
-        found = tl.maximum(found, tl.max(lower, axis=1))
-    return found
-
-
-@triton.jit
-def _threshold(
-    scores, lowest, highest, real,
-    TILES: tl.constexpr, TOP_H: tl.constexpr, BY_VALUE: tl.constexpr,
-):  # fmt: skip
-    """The h-th largest of each row. Of rows that are not real, anything.
-
-    At least h scores of a row are at or above `lowest`; `highest` is its largest.
-    The interval around the threshold is halved until h scores lie at or above its lower end (the
-    threshold is that end), or h - 1 at or above its upper end (it is the largest score below).
-    Where several scores tie that never comes: after `BY_VALUE` rounds the integers of the same
-    order are halved, of which there is one between the ends in the end.
-    """
-    low = lowest
-    high = _value_of(tl.minimum(_key_of(highest), 0x7FFFFFFE) + 1)
-    going = real
-    is_above = real & (TOP_H < 0)  # no row yet
-    unsettled, rounds = 1, 0
-    while unsettled > 0:
-        bound = 0.5 * low + 0.5 * high
-        usable = (bound > low) & (bound < high)
-        if rounds >= BY_VALUE:
-            low_key, high_key = _key_of(low), _key_of(high)
-            bound = _value_of((low_key >> 1) + (high_key >> 1) + (low_key & high_key & 1))
-            usable = high_key > low_key + 1
-            going = going & usable
-        count = _count(scores, bound, TILES)
-        moves = going & usable
-        low = tl.where(moves & (count >= TOP_H), bound, low)
-        high = tl.where(moves & (count < TOP_H), bound, high)
-        is_above = is_above | (moves & (count == TOP_H - 1))
-        going = going & ((usable & ((count == TOP_H) | (count == TOP_H - 1))) == 0)
-        rounds += 1
-        unsettled = tl.max(going.to(tl.int32), axis=0)
-    return tl.where(is_above, _largest_below(scores, high, TILES), low)
-
-
-@triton.jit
 def _attend_kernel(
-    q,
-    k,
-    v,
+    qkv,
     from_query,
     from_key,
     buckets,
     out,
     weights,
-    tokens,
+    crops,
     scale,
+    N: tl.constexpr,
     TILES: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
@@ -179,40 +121,37 @@ def _attend_kernel(
     BY_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T: tl.constexpr = _begin(TILES, len(TILES))
+    T: tl.constexpr = begin(TILES, len(TILES))
     LAST: tl.constexpr = len(TILES) - 1
-    n = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = i
-    if T % ROWS != 0:
-        rows = tl.minimum(i, T - 1)
-    q += n * T * D
-    k += n * T * D
-    v += n * T * D
-    from_query += n * T * K
-    from_key += n * T * K
-    q_tile = _rows(q, rows, D, WIDTH)
+    STRIDE: tl.constexpr = 3 * HEADS * D
+    blocks = tl.cdiv(T, ROWS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    rows = tl.minimum(i, N - 1)
+    head, crop = n // crops, n % crops
+    qkv += crop * (N * STRIDE) + head * D
+    q_tile = rows_of(qkv, rows, STRIDE, D, WIDTH)
     scores = ()
     for t in tl.static_range(len(TILES)):
-        j = _begin(TILES, t) + tl.arange(0, TILES[t])
+        j = begin(TILES, t) + tl.arange(0, TILES[t])
         scores = scores + (
             _score_tile(
-                q_tile, k, from_query, from_key, buckets, rows, j,
-                T, D, WIDTH, K, IRPE, PRECISION,
+                q_tile, qkv + HEADS * D, from_query + n * N * K, from_key + n * N * K, buckets,
+                rows, j, N, T, STRIDE, D, WIDTH, K, IRPE, PRECISION,
             ),
         )  # fmt: skip
     lowest = tl.min(scores[0], axis=1)
     for t in tl.static_range(1, _tiles_with(TILES, TOP_H)):
-        lowest = tl.minimum(lowest, tl.min(scores[t], axis=1))  # padding may lower it: no harm
-    # The tokens' padding is in the last tile: a tile has 16 keys and more, the padding fewer.
-    j = _begin(TILES, LAST) + tl.arange(0, TILES[LAST])
-    scores = scores[:LAST] + (tl.where((j < tokens)[None, :], scores[LAST], -float("inf")),)
+        lowest = tl.minimum(lowest, tl.min(scores[t], axis=1))
+    # The padding is in the last tile: a tile has 16 keys and more, the padding fewer.
+    j = begin(TILES, LAST) + tl.arange(0, TILES[LAST])
+    scores = scores[:LAST] + (tl.where((j < N)[None, :], scores[LAST], -float("inf")),)
     highest = tl.max(scores[0], axis=1)
     for t in tl.static_range(1, len(TILES)):
         highest = tl.maximum(highest, tl.max(scores[t], axis=1))
     threshold = highest
     if TOP_H:
-        threshold = _threshold(scores, lowest, highest, i < tokens, TILES, TOP_H, BY_VALUE)
+        threshold = find_threshold(scores, lowest, highest, i < N, TILES, TOP_H, BY_VALUE)
     sharpness = scale * 1.4426950408889634  # exp(x) = 2^(x log2 e)
     total = tl.zeros_like(highest)
     shares = ()
@@ -223,30 +162,33 @@ def _attend_kernel(
             share = tl.where(scores[t] < threshold[:, None], 0.0, share)
         total += tl.sum(share, axis=1)
         shares = shares + (share,)
-    factor = tl.where(i < tokens, 1.0 / total, 0.0)[:, None]
+    factor = tl.where(i < N, 1.0 / total, 0.0)[:, None]
     mixed = tl.zeros((ROWS, WIDTH), tl.float32)
     for t in tl.static_range(len(TILES)):
-        j = _begin(TILES, t) + tl.arange(0, TILES[t])
-        share = (shares[t] * factor).to(v.dtype.element_ty)
-        _put(weights + n * T * T, share, i, j, T, T)
-        mixed = tl.dot(share, _rows(v, j, D, WIDTH), mixed, input_precision=PRECISION)
-    _put(out + n * T * D, mixed, i, tl.arange(0, WIDTH), T, D)
+        j = begin(TILES, t) + tl.arange(0, TILES[t])
+        share = (shares[t] * factor).to(qkv.dtype.element_ty)
+        _put_pairs(weights + n * T * T, share, i, j, T)
+        v_tile = rows_of(qkv + 2 * HEADS * D, tl.minimum(j, N - 1), STRIDE, D, WIDTH)
+        mixed = tl.dot(share, v_tile, mixed, input_precision=PRECISION)
+    put_rows(out + crop * (N * HEADS * D) + head * D, mixed, i, N, HEADS * D, D)
 
 
 @triton.jit
 def _slope_kernel(
     grad,
     out,
-    k,
-    v,
+    qkv,
     weights,
     from_value,
     buckets,
     slope,
     turned,
-    grad_q,
+    grad_qkv,
+    crops,
     scale,
+    N: tl.constexpr,
     TILES: tl.constexpr,
+    HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
@@ -254,68 +196,66 @@ def _slope_kernel(
     IRPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    T: tl.constexpr = _begin(TILES, len(TILES))
-    n = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = i
-    if T % ROWS != 0:
-        rows = tl.minimum(i, T - 1)
-    k += n * T * D
-    v += n * T * D
-    grad_tile = _rows(grad + n * T * D, rows, D, WIDTH)
-    out_tile = _rows(out + n * T * D, rows, D, WIDTH)
+    T: tl.constexpr = begin(TILES, len(TILES))
+    STRIDE: tl.constexpr = 3 * HEADS * D
+    blocks = tl.cdiv(T, ROWS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    rows = tl.minimum(i, N - 1)
+    head, crop = n // crops, n % crops
+    qkv += crop * (N * STRIDE) + head * D
+    start = crop * (N * HEADS * D) + head * D
+    grad_tile = rows_of(grad + start, rows, HEADS * D, D, WIDTH)
+    out_tile = rows_of(out + start, rows, HEADS * D, D, WIDTH)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
     back = tl.zeros((ROWS, WIDTH), tl.float32)
     for t in tl.static_range(len(TILES)):
-        j = _begin(TILES, t) + tl.arange(0, TILES[t])
+        j = begin(TILES, t) + tl.arange(0, TILES[t])
         steep = _slope_tile(
-            grad_tile, mean, v, weights + n * T * T, from_value + n * T * K, buckets, rows, j,
-            scale, T, D, WIDTH, K, IRPE, PRECISION,
-        ).to(k.dtype.element_ty)  # fmt: skip
-        _put(slope + n * T * T, steep, i, j, T, T)
-        _put(turned + n * T * T, tl.trans(steep), j, i, T, T)
-        back = tl.dot(steep, _rows(k, j, D, WIDTH), back, input_precision=PRECISION)
-    _put(grad_q + n * T * D, back, i, tl.arange(0, WIDTH), T, D)
+            grad_tile, mean, qkv + 2 * HEADS * D, weights + n * T * T, from_value + n * N * K,
+            buckets, i, rows, j, scale, N, T, STRIDE, D, WIDTH, K, IRPE, PRECISION,
+        ).to(qkv.dtype.element_ty)  # fmt: skip
+        _put_pairs(slope + n * T * T, steep, i, j, T)
+        _put_pairs(turned + n * T * T, tl.trans(steep), j, i, T)
+        k_tile = rows_of(qkv + HEADS * D, tl.minimum(j, N - 1), STRIDE, D, WIDTH)
+        back = tl.dot(steep, k_tile, back, input_precision=PRECISION)
+    put_rows(grad_qkv + crop * (N * STRIDE) + head * D, back, i, N, STRIDE, D)
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     from_query: Tensor | None,
     from_key: Tensor | None,
     buckets: Tensor | None,
     *,
-    tokens: int,
     top_h: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Weights of every pair, and the values they mix.
 
     Args:
-        q: (n, T, d), contiguous, as `k` and `v` of one type.
-        k: (n, T, d).
-        v: (n, T, d).
-        from_query: (n, T, K), products of the queries with r^K; None: no positions.
-        from_key: (n, T, K), products of the keys with r^Q.
+        qkv: (B, N, 3, H, d), contiguous.
+        from_query: (n, N, K), products of the queries with r^K; None: no positions.
+        from_key: (n, N, K), products of the keys with r^Q.
         buckets: uint8 (T, T).
-        tokens: how many of the T tokens there are.
-        top_h: keys that each query keeps, at most `tokens`; None: all.
+        top_h: keys that each query keeps, at most N; None: all.
         scale: of the scores, above 0.
 
     Returns:
-        (n, T, d), without r^V, and weights (n, T, T).
+        (B, N, H, d), without r^V, and weights (n, T, T).
     """
-    n, padded = v.shape[:2]
-    out, weights = torch.empty_like(v), v.new_empty(n, padded, padded)
-    some: Any = q  # a pointer that is not read
-    _attend_kernel[_programs(v, _ATTEND)](
-        *(q, k, v),
+    crops, tokens, _, heads, width = qkv.shape
+    padded = padded_tokens(tokens)
+    out = qkv.new_empty(crops, tokens, heads, width)
+    weights = qkv.new_empty(heads * crops, padded, padded)
+    some: Any = qkv  # a pointer that is not read
+    _attend_kernel[_programs(qkv, _ATTEND)](
+        qkv,
         *(some if x is None else x for x in (from_query, from_key, buckets)),
-        *(out, weights, tokens, scale),
+        *(out, weights, crops, scale),
         TOP_H=top_h or 0,
         BY_VALUE=_ROUNDS_BY_VALUE,
-        **_options(v, from_query, _ATTEND),
+        **_options(qkv, from_query, _ATTEND),
     )
     return out, weights
 
@@ -323,43 +263,43 @@ def attend(
 def slopes(
     grad: Tensor,
     out: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     weights: Tensor,
     from_value: Tensor | None,
     buckets: Tensor | None,
+    grad_qkv: Tensor,
     *,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Gradient for the products that the scores are scaled from, and its product with the keys.
 
     Args:
-        grad: (n, T, d), contiguous, for the output.
-        out: (n, T, d), the output with the part of r^V.
-        k: as in `attend`.
-        v: as in `attend`.
+        grad: (B, N, H, d), contiguous, for the output.
+        out: (B, N, H, d), the output with the part of r^V.
+        qkv: as in `attend`.
         weights: (n, T, T) of `attend`.
-        from_value: (n, T, K), products of `grad` with r^V; None: no positions.
+        from_value: (n, N, K), products of `grad` with r^V; None: no positions.
         buckets: as in `attend`.
+        grad_qkv: (B, N, 3, H, d); the part of the queries is written.
         scale: of the scores.
 
     Returns:
-        (n, T, T) by query and key, the same by key and query, and (n, T, d).
+        (n, T, T) by query and key, and the same by key and query.
     """
-    slope, turned, grad_q = (torch.empty_like(x) for x in (weights, weights, v))
-    some: Any = v
-    _slope_kernel[_programs(v, _SLOPES)](
-        *(grad, out, k, v, weights),
+    slope, turned = torch.empty_like(weights), torch.empty_like(weights)
+    some: Any = qkv
+    _slope_kernel[_programs(qkv, _SLOPES)](
+        *(grad, out, qkv, weights),
         *(some if x is None else x for x in (from_value, buckets)),
-        *(slope, turned, grad_q, scale),
-        **_options(v, from_value, _SLOPES),
+        *(slope, turned, grad_qkv, qkv.shape[0], scale),
+        **_options(qkv, from_value, _SLOPES),
     )
-    return slope, turned, grad_q
+    return slope, turned
 
 
 _TILE = 128  # keys of a tile at most: larger ones take too many registers at once
-# Tokens up to which a program is of so many rows and warps, and of registers a thread at most (None:
-# all there are); `benchmarks.sr_shapes` compares them.
+# Tokens up to which a program is of so many rows and warps, and of how many registers a thread
+# (None: all there are); `benchmarks.sr_shapes` compares them.
 Shape = tuple[int, int, int | None]
 _ATTEND: dict[int, Shape] = {64: (16, 1, None), 208: (64, 4, 168), 512: (64, 4, None)}
 _SLOPES: dict[int, Shape] = {64: (16, 1, None), 208: (64, 4, 168), 512: (64, 4, None)}
@@ -371,26 +311,36 @@ def _tiles(tokens: int) -> tuple[int, ...]:
     return (_TILE,) * whole + tuple(size for size in (64, 32, 16) if rest & size)
 
 
-def _shape(v: Tensor, shapes: dict[int, Shape]) -> Shape:
-    """Of the programs for (n, T, d)."""
-    return next(shape for limit, shape in shapes.items() if v.shape[1] <= limit)
+def _shape(qkv: Tensor, shapes: dict[int, Shape]) -> Shape:
+    padded = padded_tokens(qkv.shape[1])
+    return next(shape for limit, shape in shapes.items() if padded <= limit)
 
 
-def _programs(v: Tensor, shapes: dict[int, Shape]) -> tuple[int, int]:
-    return triton.cdiv(v.shape[1], _shape(v, shapes)[0]), v.shape[0]
+def _programs(qkv: Tensor, shapes: dict[int, Shape]) -> tuple[int]:
+    blocks = triton.cdiv(padded_tokens(qkv.shape[1]), _shape(qkv, shapes)[0])
+    return (blocks * qkv.shape[0] * qkv.shape[3],)
 
 
-def _options(v: Tensor, table: Tensor | None, shapes: dict[int, Shape]) -> dict[str, Any]:
-    """What a kernel is compiled for. float32 products are made in full, as the definition's."""
-    rows, warps, registers = _shape(v, shapes)
+def head_options(qkv: Tensor) -> dict[str, Any]:
+    """What every kernel is compiled for. float32 products are in full, as the definition's."""
+    tokens, _, heads, width = qkv.shape[1:]
     return {
-        "TILES": _tiles(v.shape[1]),
-        "D": v.shape[2],
-        "WIDTH": max(16, triton.next_power_of_2(v.shape[2])),
-        "K": 1 if table is None else table.numel() // (v.shape[0] * v.shape[1]),
+        "N": tokens,
+        "HEADS": heads,
+        "D": width,
+        "WIDTH": max(16, triton.next_power_of_2(width)),
+        "PRECISION": "ieee",
+    }
+
+
+def _options(qkv: Tensor, table: Tensor | None, shapes: dict[int, Shape]) -> dict[str, Any]:
+    rows, warps, registers = _shape(qkv, shapes)
+    return {
+        **head_options(qkv),
+        "TILES": _tiles(padded_tokens(qkv.shape[1])),
+        "K": 1 if table is None else table.shape[-1],
         "ROWS": rows,
         "IRPE": table is not None,
-        "PRECISION": "ieee",
         "num_warps": warps,
         "maxnreg": registers,
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cytoray.errors import InputError, raise_problems
 from cytoray.models.irpe import NUM_BUCKETS, Grid, PatchGrids
 from cytoray.models.sr_attention import fast_sr_attention, kernels_serve, sr_attention
+from cytoray.models.sr_kernel_ops import attend_by_kernels
 
 SR_TABLES = ("rel_k", "rel_q", "rel_v")  # parameters that a timm attention does not have
 FORMS = ("auto", "torch", "plain")
@@ -127,86 +128,91 @@ class SRAttention(nn.Module):
         """
         if is_causal:
             raise InputError("SR-attention lets every patch see all others; is_causal must be off")
-        out = self.mix(*self._project(x, rope), attn_mask).transpose(1, 2).flatten(2)
+        out = self.mix(self.project(x, rope), attn_mask).flatten(2)
         parts = cast(Any, self)
         out = parts.norm(out)
         if self.has_gate:
             out = out * parts.gate(x).sigmoid()
         return parts.proj_drop(parts.proj(out))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend, without the layers before and after: (B, H, N, d) to the same.
+    def mix(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend, without the layers before and after: (B, N, 3, H, d) to (B, N, H, d).
 
         Raises:
             InputError: tokens of unknown grid.
         """
-        tokens = q.shape[2]
+        tokens = qkv.shape[1]
         grids = self.grids.of(tokens) if self.config.irpe else self.grids.noted(tokens)
-        return self._attend(q, k, v, grids, mask)
+        return self._attend(qkv, grids, mask)
 
-    def _project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, N, d), in one type."""
+    def project(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """Queries, keys and values (B, N, 3, H, d) of x (B, N, D), in one type."""
         parts = cast(Any, self)
         if self.is_fused:
             qkv = parts.qkv(x)
             if self.has_separate_bias:
                 qkv = qkv + torch.cat([parts.q_bias, parts.k_bias, parts.v_bias]).to(qkv.dtype)
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            qkv = self.normed(qkv.unflatten(-1, (3, self.num_heads, -1)))
+            if rope is None:
+                return qkv
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         else:
             projections = (parts.q_proj, parts.k_proj, parts.v_proj)
             q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections)
-        q, k = parts.q_norm(q), parts.k_norm(k)
+            q, k = parts.q_norm(q), parts.k_norm(k)
         if rope is not None:
             q, k = self._rotate(q, rope), self._rotate(k, rope)
         if self.kv_groups > 1:
             k, v = (t.repeat_interleave(self.kv_groups, dim=1) for t in (k, v))
-        return q.to(v.dtype), k.to(v.dtype), v
+        return torch.stack([t.to(v.dtype).transpose(1, 2) for t in (q, k, v)], dim=2)
+
+    def normed(self, qkv: Tensor) -> Tensor:
+        """Queries and keys (B, N, 3, H, d) after their norms; itself where there are none."""
+        parts = cast(Any, self)
+        norms = (parts.q_norm, parts.k_norm)
+        if all(isinstance(norm, nn.Identity) for norm in norms):
+            return qkv
+        q, k, v = qkv.unbind(2)
+        return torch.stack([norms[0](q).to(v.dtype), norms[1](k).to(v.dtype), v], dim=2)
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         prefix = self.grids.num_prefix
         patches = apply_rot_embed_cat(x[:, :, prefix:], rope, half=self.rotate_half)
         return torch.cat([x[:, :, :prefix], patches], dim=2)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        grids: tuple[Grid, ...] | None,
-        mask: Tensor | None,
-    ) -> Tensor:
+    def _attend(self, qkv: Tensor, grids: tuple[Grid, ...] | None, mask: Tensor | None) -> Tensor:
         if grids is None or len(grids) == 1:
-            return self._attend_crop(q, k, v, grids[0] if grids else None, mask)
+            return self._attend_crop(qkv, grids[0] if grids else None, mask)
         if mask is not None:
             raise InputError("crops packed in one sequence attend to themselves; give no attn_mask")
         done, start = [], 0
         for grid, alike in groupby(grids):
             count, tokens = len(list(alike)), self.grids.tokens_of(grid)
             stop = start + count * tokens
-            crops = (
-                t[:, :, start:stop].unflatten(2, (count, tokens)).transpose(1, 2).flatten(0, 1)
-                for t in (q, k, v)
-            )
-            out = self._attend_crop(*crops, grid, None)
-            done.append(out.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3))
+            crops = qkv[:, start:stop].unflatten(1, (count, tokens)).flatten(0, 1)
+            out = self._attend_crop(crops, grid, None)
+            done.append(out.unflatten(0, (-1, count)).flatten(1, 2))
             start = stop
-        return torch.cat(done, dim=2)
+        return torch.cat(done, dim=1)
 
-    def _attend_crop(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None, mask: Tensor | None
-    ) -> Tensor:
+    def _attend_crop(self, qkv: Tensor, grid: Grid | None, mask: Tensor | None) -> Tensor:
         top_h = self.config.top_h if self.config.sparse else None
         tables = (self.rel_k, self.rel_q, self.rel_v)
-        plain = mask is not None or self.config.form == "plain"
-        kernels = not plain and self.config.form == "auto" and kernels_serve(v)
         buckets = None
         if grid is not None and self.config.irpe:
-            buckets = self.grids.buckets(grid, q.device, q.dtype)
+            buckets = self.grids.buckets(grid, qkv.device, qkv.dtype)
+        plain = mask is not None or self.config.form == "plain"
+        if not plain and self.config.form == "auto" and kernels_serve(qkv):
+            maps = None if buckets is None else buckets.kernel
+            return attend_by_kernels(qkv, *tables, maps, top_h, self.scale)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if plain:
             index = None if buckets is None else buckets.index
-            return sr_attention(q, k, v, *tables, index, top_h, self.scale, mask)
-        maps = None if buckets is None else buckets.kernel if kernels else buckets.maps
-        return fast_sr_attention(q, k, v, *tables, maps, top_h, self.scale, kernels=kernels)
+            out = sr_attention(q, k, v, *tables, index, top_h, self.scale, mask)
+        else:
+            maps = None if buckets is None else buckets.maps
+            out = fast_sr_attention(q, k, v, *tables, maps, top_h, self.scale)
+        return out.transpose(1, 2)
 
 
 def use_sr(

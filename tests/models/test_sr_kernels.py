@@ -19,16 +19,12 @@ from cytoray.models.irpe import (
     kernel_maps,
     padded_tokens,
 )
-from cytoray.models.sr_attention import (
-    fast_sr_attention,
-    kernels_serve,
-    sr_attention,
-)
-from cytoray.models.sr_kernel_ops import attend
+from cytoray.models.sr_attention import kernels_serve, sr_attention
+from cytoray.models.sr_kernel_ops import attend, attend_by_kernels
 from cytoray.models.sr_transformer import SRAttention, SRConfig
 
 pytest.importorskip("triton")
-from cytoray.models import sr_kernels
+from cytoray.models import sr_kernel_products, sr_kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -41,7 +37,7 @@ SCALE = WIDTH**-0.5
 def _kernels_serve(monkeypatch):
     # Asked all the same: what it asks must not cut compiled code.
     monkeypatch.setattr(irpe, "has_kernels", lambda device, tokens: True)
-    monkeypatch.setattr(sr_transformer, "kernels_serve", lambda v: kernels_serve(v) or True)
+    monkeypatch.setattr(sr_transformer, "kernels_serve", lambda qkv: kernels_serve(qkv) or True)
 
 
 def _inputs(per_head=False, batch=2, heads=HEADS, dtype=torch.float32, tokens=TOKENS, width=WIDTH):
@@ -56,9 +52,10 @@ def _inputs(per_head=False, batch=2, heads=HEADS, dtype=torch.float32, tokens=TO
     return qkv, [leaf(*shape) for _ in range(3)]
 
 
-def _fast(qkv, tables, index, top_h):
+def _fast(qkv, tables, index, top_h, scale=SCALE):
     maps = None if tables[0] is None else kernel_maps(index, qkv[0].dtype)
-    return fast_sr_attention(*qkv, *tables, maps, top_h, SCALE, kernels=True)
+    packed = torch.stack([x.transpose(1, 2) for x in qkv], dim=2)
+    return attend_by_kernels(packed, *tables, maps, top_h, scale).transpose(1, 2)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -100,13 +97,32 @@ def test_rows_of_a_whole_crop(grid, tokens):
         torch.testing.assert_close(mine, reference, atol=limit, rtol=1e-5)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gradients_that_several_programs_add_up(per_head, monkeypatch):
+    """More rows than one program of the tables takes: 5 crops of 22 tokens in blocks of 64."""
+    monkeypatch.setattr(sr_kernel_products, "_BLOCKS", 1)
+    qkv, tables = _inputs(per_head, batch=5)
+    index = bucket_index(*GRID, PREFIX).to(DEVICE)
+    weight = torch.randn_like(qkv[0])
+    leaves = [*qkv, *tables]
+    wanted, got = (
+        torch.autograd.grad((out * weight).sum(), leaves)
+        for out in (
+            sr_attention(*qkv, *tables, index, 5, SCALE),
+            _fast(qkv, tables, index, 5),
+        )
+    )
+    for mine, reference in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+
+
 def test_ties_and_signed_zeros_are_kept():
     q = torch.ones(1, 1, 6, 1, device=DEVICE)
     k = torch.tensor([3.0, -1.0, 0.0, -0.0, 0.0, -2.0], device=DEVICE).view(1, 1, 6, 1)
     v = torch.eye(6, device=DEVICE).view(1, 1, 6, 6)
     none = (None, None, None)
     wide = torch.nn.functional.pad
-    got = fast_sr_attention(wide(q, (0, 5)), wide(k, (0, 5)), v, *none, None, 2, 1.0, kernels=True)
+    got = _fast((wide(q, (0, 5)), wide(k, (0, 5)), v), none, None, 2, 1.0)
     kept = torch.tensor([3.0, -torch.inf, 0.0, 0.0, 0.0, -torch.inf], device=DEVICE)
     torch.testing.assert_close(got[0, 0], kept.softmax(0).expand(6, 6))
 
@@ -181,72 +197,85 @@ def test_block_with_kernels(way):
 @pytest.mark.parametrize("kind", ["tables", "none", "per head"])
 def test_as_an_operation_it_keeps_the_rules(kind):
     """Shapes, strides and gradients told to `torch.compile` are those found, nothing is aliased."""
-    qkv, tables = _inputs(per_head=kind == "per head", tokens=32)
+    qkv, tables = _inputs(per_head=kind == "per head")
     maps = kernel_maps(bucket_index(*GRID, PREFIX), torch.float32)
     if DEVICE != "cpu":
         maps = KernelMaps(*(x.to(DEVICE) for x in maps))
     r = torch.stack([torch.nn.functional.pad(t, (0, 0, 0, 14)) for t in tables]).detach()
     given = (None,) * 4 if kind == "none" else (r.requires_grad_(), *maps)
-    torch.library.opcheck(attend, (*qkv, *given, TOKENS, 4, SCALE))
+    packed = torch.stack([x.detach().transpose(1, 2) for x in qkv], dim=2).requires_grad_()
+    torch.library.opcheck(attend, (packed, *given, 4, SCALE))
 
 
 def test_where_they_serve():
-    values = torch.zeros(1, 1, 4, 8)
-    assert not kernels_serve(values)
+    qkv = torch.zeros(1, 4, 3, 1, 8)
+    assert not kernels_serve(qkv)
     if CUDA:
-        half = values.cuda().bfloat16()
+        half = qkv.cuda().bfloat16()
         assert kernels_serve(half)
         assert not kernels_serve(half.float())
-        assert not kernels_serve(half.expand(1, KERNEL_TOKENS + 1, 4, 8).transpose(1, 2))
+        assert not kernels_serve(half[:, :1].expand(1, KERNEL_TOKENS + 1, 3, 1, 8))
 
 
-# What a launch compiles, made for a GPU that need not be there.
+# Every launch of an attention and its gradient is compiled, for a GPU that need not be there.
 _COMPILE = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from cytoray.models import sr_kernels
+from cytoray.models import sr_kernel_products, sr_kernels
+from cytoray.models.irpe import bucket_index, kernel_maps
+from cytoray.models.sr_kernel_ops import attend_by_kernels
 
-dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[sys.argv[1]]
-values = torch.empty(1, int(sys.argv[2]), 64, dtype=dtype, device="meta")
-table = torch.empty(1, values.shape[1], 64, device="meta")
-numbers = {"tokens": "i32", "scale": "fp32"}
-for kernel, shapes in (
-    (sr_kernels._attend_kernel, sr_kernels._ATTEND),
-    (sr_kernels._slope_kernel, sr_kernels._SLOPES),
-):
-    options = sr_kernels._options(values, table, shapes)
-    launch = {name: options.pop(name) for name in ("num_warps", "maxnreg")}
-    fixed = options | ({"TOP_H": 16, "BY_VALUE": 16} if "TOP_H" in kernel.arg_names else {})
-    signature = {
-        name: "constexpr" if name in fixed else "*u8" if name == "buckets"
-        else numbers.get(name, "*" + sys.argv[1])
-        for name in kernel.arg_names
-    }
-    places = [place for place, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
-    attrs = {(place,): [["tt.divisibility", 16]] for place in places}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attrs)
-    target = GPUTarget("cuda", int(sys.argv[3]), 32)
-    made = triton.compile(source, target=target, options=launch)
-    print(made.metadata.shared)
+side, capability = int(sys.argv[1]), int(sys.argv[2])
+kinds = {
+    torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.float32: "*fp32", int: "i32", float: "fp32"
+}
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **fixed):
+        names = self.kernel.arg_names
+        launch = {name: fixed.pop(name) for name in ("num_warps", "maxnreg") if name in fixed}
+        given = [kinds[x.dtype if isinstance(x, torch.Tensor) else type(x)] for x in args]
+        signature = dict.fromkeys(names, "constexpr") | dict(zip(names, given))
+        aligned = {(n,): [["tt.divisibility", 16]] for n, x in enumerate(given) if x[0] == "*"}
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=fixed, attrs=aligned)
+        target = GPUTarget("cuda", capability, 32)
+        made = triton.compile(source, target=target, options=launch)
+        print(self.kernel.__name__, made.metadata.shared)
+
+for module in (sr_kernels, sr_kernel_products):
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        setattr(module, name, Compiled(getattr(module, name)))
+index = bucket_index(side, side, 1)
+qkv = torch.zeros(1, len(index), 3, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+tables = [torch.zeros(50, 64, requires_grad=True) for _ in range(3)]
+maps = kernel_maps(index, torch.bfloat16)
+attend_by_kernels(qkv, *tables, maps, 16, 0.125).sum().backward()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's assembler is for Linux")
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "capability", "shared_kib"),
-    [("bf16", 208, 80, 163), ("bf16", 272, 90, 227)],
+    ("side", "capability", "shared_kib"), [(6, 90, 227), (14, 80, 163), (16, 90, 227)]
 )
-def test_kernels_compile_for_real_devices(dtype, tokens, capability, shared_kib):
+def test_kernels_compile_for_real_devices(side, capability, shared_kib):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     made = subprocess.run(
-        [sys.executable, "-c", _COMPILE, dtype, str(tokens), str(capability)],
+        [sys.executable, "-c", _COMPILE, str(side), str(capability)],
         env=env,
         capture_output=True,
         text=True,
         check=False,
     )
     assert made.returncode == 0, made.stderr
-    sizes = [int(line) for line in made.stdout.split()]
-    assert len(sizes) == 2
-    assert max(sizes) <= shared_kib * 1024  # what a multiprocessor of the device has
+    lines = [line.split() for line in made.stdout.splitlines()]
+    kernels = ["_attend_kernel", "_slope_kernel", "_key_kernel", "_table_kernel", "_table_kernel"]
+    assert [name for name, _ in lines] == kernels
+    # what a multiprocessor of the device has
+    assert max(int(shared) for _, shared in lines) <= shared_kib * 1024
