@@ -106,7 +106,8 @@ class ChildRuns:
         """Wait until every finished run is closed, at most so long; names of those that are not."""
         end = time.monotonic() + wait_s
         while True:
-            if self._pass():
+            states = self._states.values()
+            if self._pass() and not any(s.end is not None and not s.closed for s in states):
                 return []
             if time.monotonic() > end:
                 return [name for name, state in self._states.items() if self._pending(state)]
@@ -133,9 +134,10 @@ class ChildRuns:
             return True
 
     def _catch_up(self, state: _State) -> None:
+        end = state.end  # before the file is read: all that was written by then is in it
         data = self._unsent(state)
         if not state.run_id:
-            if not data and state.end is None:
+            if not data and end is None:
                 return
             child = state.child
             state.run_id = self._tracker.start_run(
@@ -145,8 +147,8 @@ class ChildRuns:
         if data:
             self._tracker.log_lines(state.run_id, data)
             state.sent_bytes += len(data)
-        if state.end is not None:
-            status, metrics, tags = state.end
+        if end is not None:
+            status, metrics, tags = end
             if metrics:
                 self._tracker.log_metrics(state.run_id, metrics)
             if tags:

@@ -74,6 +74,25 @@ def test_a_run_begins_grows_and_ends_with_its_trial(tracker, tmp_path) -> None:
     assert after["t1"].status == "FINISHED", "a failed trial that was run again"
 
 
+def test_what_is_written_while_a_pass_runs_is_sent_before_the_end(tracker, tmp_path, monkeypatch):
+    parent = tracker.start_run("tune")
+    [one] = children_in(tmp_path, 1)
+    children = ChildRuns(tracker, parent, [one])
+    send = tracker.log_lines
+
+    def send_while_the_trial_ends(run_id: str, data: bytes) -> None:
+        send(run_id, data)
+        monkeypatch.setattr(tracker, "log_lines", send)
+        write(one, 2)
+        children.finish("t0", "FINISHED")
+
+    monkeypatch.setattr(tracker, "log_lines", send_while_the_trial_ends)
+    write(one, 1)
+    assert children.settle(20) == []
+    [run] = tracker.child_runs(parent)
+    assert history(tracker, run.run_id) == [(1, 0.1), (2, 0.2)]
+
+
 class Server:
     """A real `mlflow server` on this machine alone, that can go away and come back."""
 
