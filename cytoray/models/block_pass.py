@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cytoray.compilation import compiled
+from cytoray.models.projection_parts import projection_parts
 from cytoray.models.sr_transformer import SRAttention
 
 Sizes = tuple[tuple[int, int], ...]  # (crops n, tokens T) of each group, in their order
@@ -132,16 +133,17 @@ def _attention(attn: Any, x: Tensor, sizes: Sizes) -> Tensor:
     if not _projects_rows(attn):
         return _by_group(attn, x, sizes)
     mix = getattr(attn, "mix", None)  # of SR-attention
+    rows = attn.qkv(x)
     done = []
-    for group in split_groups(attn.qkv(x), sizes):
-        qkv = group.unflatten(-1, (3, attn.num_heads, -1))
-        if mix is not None:
+    if mix is not None:
+        for group in split_groups(rows, sizes):
+            qkv = group.unflatten(-1, (3, attn.num_heads, -1))
             done.append(mix(attn.normed(qkv)).flatten(2))
-            continue
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-        out = _weighted_values(q, k, v, attn.attn_drop.p if attn.training else 0.0)
-        done.append(out.transpose(1, 2).flatten(2))
+    else:
+        dropped = attn.attn_drop.p if attn.training else 0.0
+        for q, k, v in projection_parts(rows, sizes, attn.num_heads):
+            q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
+            done.append(_weighted_values(q, k, v, dropped).transpose(1, 2).flatten(2))
     out = attn.norm(join_groups(done))
     gate = getattr(attn, "gate", None)  # SR-attention has none of the parts that were None
     if gate is not None:

@@ -41,9 +41,10 @@ def _key_kernel(
 ):
     STRIDE: tl.constexpr = 3 * HEADS * D
     blocks = tl.cdiv(N, ROWS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) // blocks
     j = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    head, crop = n // crops, n % crops
+    head, crop = n // crops, (n % crops).to(tl.int64)
+    n = n.to(tl.int64)
     qkv += crop * (N * STRIDE) + head * D
     grad += crop * (N * HEADS * D) + head * D
     grad_qkv += crop * (N * STRIDE) + head * D

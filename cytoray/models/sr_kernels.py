@@ -94,8 +94,8 @@ def _slope_tile(
         steep = tl.load((from_value + rows * K)[:, None] + bucket).to(tl.float32)
     v_tile = rows_of(v, tl.minimum(j, N - 1), STRIDE, D, WIDTH)
     steep = tl.dot(grad_tile, tl.trans(v_tile), steep, input_precision=PRECISION)
-    there = (i < N)[:, None] & (j < T)[None, :]
-    shares = tl.load(weights + rows[:, None] * T + j[None, :], mask=there, other=0.0).to(tl.float32)
+    place = weights + rows[:, None] * T + j[None, :]
+    shares = tl.load(place, mask=(i < N)[:, None], other=0.0).to(tl.float32)
     return shares * (steep * scale - (mean * scale)[:, None])
 
 
@@ -125,10 +125,11 @@ def _attend_kernel(
     LAST: tl.constexpr = len(TILES) - 1
     STRIDE: tl.constexpr = 3 * HEADS * D
     blocks = tl.cdiv(T, ROWS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) // blocks
     i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     rows = tl.minimum(i, N - 1)
-    head, crop = n // crops, n % crops
+    head, crop = n // crops, (n % crops).to(tl.int64)
+    n = n.to(tl.int64)
     qkv += crop * (N * STRIDE) + head * D
     q_tile = rows_of(qkv, rows, STRIDE, D, WIDTH)
     scores = ()
@@ -199,10 +200,11 @@ def _slope_kernel(
     T: tl.constexpr = begin(TILES, len(TILES))
     STRIDE: tl.constexpr = 3 * HEADS * D
     blocks = tl.cdiv(T, ROWS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    n = tl.program_id(0) // blocks
     i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     rows = tl.minimum(i, N - 1)
-    head, crop = n // crops, n % crops
+    head, crop = n // crops, (n % crops).to(tl.int64)
+    n = n.to(tl.int64)
     qkv += crop * (N * STRIDE) + head * D
     start = crop * (N * HEADS * D) + head * D
     grad_tile = rows_of(grad + start, rows, HEADS * D, D, WIDTH)
