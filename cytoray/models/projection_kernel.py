@@ -52,6 +52,8 @@ def _join_kernel(
 def join_group(q: Tensor, k: Tensor, v: Tensor, into: Tensor) -> None:
     """Copy three (n, H, T, d) to (n * T, 3 * H * d), in the order of a projection."""
     crops, heads, tokens, width = q.shape
+    if not crops:
+        return
     parts = [part if part.stride(-1) == 1 else part.contiguous() for part in (q, k, v)]
     rows = crops * tokens
     _join_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(heads * width, _COLUMNS))](

@@ -43,10 +43,11 @@ def _joins(rows: Tensor) -> bool:
 
 def _views(rows: Tensor, sizes: Sizes, heads: int) -> tuple[Tensor, ...]:
     groups = rows.split([crops * tokens for crops, tokens in sizes])
+    shape = (3, heads, rows.shape[1] // (3 * heads))
     return tuple(
         part
         for group, size in zip(groups, sizes, strict=True)
-        for part in group.view(*size, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        for part in group.view(*size, *shape).permute(2, 0, 3, 1, 4).unbind(0)
     )
 
 
@@ -69,8 +70,9 @@ def join_gradients(grads: list[Tensor]) -> Tensor:
     sizes = [grad.shape[0] * grad.shape[2] for grad in grads[::3]]
     rows = grads[0].new_empty(sum(sizes), 3 * heads * width)
     with torch.cuda.device_of(rows):
-        for start, into in zip(range(0, len(grads), 3), rows.split(sizes), strict=True):
-            join_group(*grads[start : start + 3], into)
+        for group, into in enumerate(rows.split(sizes)):
+            q, k, v = grads[3 * group : 3 * group + 3]
+            join_group(q, k, v, into)
     return rows
 
 

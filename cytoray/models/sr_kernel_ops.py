@@ -158,7 +158,7 @@ def _by_head(x: Tensor) -> Tensor:
 
 def _by_head_and_row(sums: Tensor, x: Tensor) -> Tensor:
     """(n, N, K) as (H, B * N, K), for x (B, N, H, d)."""
-    return sums.view(x.shape[2], -1, sums.shape[-1])
+    return sums.view(x.shape[2], x.shape[0] * x.shape[1], sums.shape[-1])
 
 
 def _of_heads(table: Tensor, heads: int) -> Tensor:
@@ -170,7 +170,7 @@ def _table_products(x: Tensor, table: Tensor) -> Tensor:
     """x (B, N, H, d) times a table (K, d) or (H, K, d), transposed: (n, N, K)."""
     crops, tokens, heads, _ = x.shape
     products = torch.bmm(_by_head(x), _of_heads(table, heads).mT)
-    return products.view(heads * crops, tokens, -1)
+    return products.view(heads * crops, tokens, products.shape[-1])
 
 
 def _sum_pairs(pairs: Tensor, maps: Tensor, sums: Tensor) -> None:

@@ -21,10 +21,10 @@ def _rows():
     return made.to(DEVICE).requires_grad_()
 
 
-def _mixed(rows):
+def _mixed(rows, sizes=SIZES):
     """A number that hangs on every part in another way, and on two of them in other orders."""
     total = rows.new_zeros(())
-    for q, k, v in projection_parts(rows, SIZES, HEADS):
+    for q, k, v in projection_parts(rows, sizes, HEADS):
         total = total + (torch.tanh(q) @ k.mT).square().sum()
         total = total + v.transpose(1, 2).flatten(2).cumsum(-1).square().sum() + v[..., :2].sum()
     return total
@@ -69,6 +69,15 @@ def test_a_part_without_use_has_no_gradient(monkeypatch):
     (got,) = torch.autograd.grad(k.sum(), rows)
     wanted = torch.zeros_like(got)
     wanted[: 3 * 17, HEADS * WIDTH : 2 * HEADS * WIDTH] = 1
+    torch.testing.assert_close(got, wanted)
+
+
+def test_a_group_may_be_empty(monkeypatch):
+    sizes = ((0, 17), (4, 5))
+    rows = _rows()[:20]
+    (wanted,) = torch.autograd.grad(_mixed(rows, sizes), rows)
+    _joined(monkeypatch)
+    (got,) = torch.autograd.grad(_mixed(rows, sizes), rows)
     torch.testing.assert_close(got, wanted)
 
 

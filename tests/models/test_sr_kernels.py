@@ -116,6 +116,15 @@ def test_gradients_that_several_programs_add_up(per_head, monkeypatch):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
 
 
+def test_no_crop_at_all():
+    """As drop path may leave it."""
+    qkv, tables = _inputs(batch=0)
+    out = _fast(qkv, tables, bucket_index(*GRID, PREFIX).to(DEVICE), 5)
+    assert out.shape == qkv[0].shape
+    for grad in torch.autograd.grad(out.sum(), [*qkv, *tables]):
+        assert not grad.any()
+
+
 def test_ties_and_signed_zeros_are_kept():
     q = torch.ones(1, 1, 6, 1, device=DEVICE)
     k = torch.tensor([3.0, -1.0, 0.0, -0.0, 0.0, -2.0], device=DEVICE).view(1, 1, 6, 1)
