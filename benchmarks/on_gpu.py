@@ -31,7 +31,7 @@ SHAPES = ("benchmarks.sr_shapes",)
 TOKENS = (37, 197, 257)  # of the shapes, as by default
 
 GPU_TESTS = ("tests/training/test_engine_device.py", "tests/ssl/test_augment.py")
-KERNEL_TESTS = ("tests/models/test_sr_kernels.py",)
+KERNEL_TESTS = ("tests/models/test_sr_kernels.py", "tests/models/test_projection_parts.py")
 PARTS = ("tests", "step", "sr", "shapes", "ablation")
 
 

@@ -27,7 +27,7 @@ from cytoray.models.irpe import PADDED_BUCKETS, bucket_index, kernel_maps
 WIDTH, TOP_H = 64, 16
 SHAPES: list[sr_kernels.Shape] = [
     (rows, warps, registers)
-    for rows, warps in ((16, 1), (16, 4), (32, 2), (32, 4), (64, 4))
+    for rows, warps in ((16, 1), (32, 2), (64, 4))
     for registers in (None, 168, 128)
 ]
 PRODUCT_SHAPES = [(32, 4), (64, 4), (64, 8), (128, 8)]
