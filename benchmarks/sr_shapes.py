@@ -70,18 +70,17 @@ def measure(tokens: int, heads: int, rounds: int) -> dict[str, float | None]:
     grad = random(crops, tokens, HEADS_A_CROP, WIDTH)
     grad_qkv = torch.empty_like(qkv)
     tables = random(3, PADDED_BUCKETS, WIDTH)
-    from_query, from_key = (sr_kernel_ops._table_products(qkv[:, :, x], tables[x]) for x in (0, 1))
+    r_k, r_q, r_v = tables
+    from_key = sr_kernel_ops._table_products(qkv[:, :, 1], r_q)
     scale = WIDTH**-0.5
 
     def attend() -> tuple[Tensor, Tensor]:
-        return sr_kernels.attend(qkv, from_query, from_key, buckets, top_h=TOP_H, scale=scale)
+        return sr_kernels.attend(qkv, r_k, from_key, buckets, top_h=TOP_H, scale=scale)
 
     out, weights = attend()
 
     def slopes() -> tuple[Tensor, Tensor]:
-        return sr_kernels.slopes(
-            grad, out, qkv, weights, from_query, buckets, grad_qkv, scale=scale
-        )
+        return sr_kernels.slopes(grad, out, qkv, weights, r_v, buckets, grad_qkv, scale=scale)
 
     slope, turned = slopes()
     sums = weights.new_empty(2, len(weights), tokens, PADDED_BUCKETS)
@@ -116,7 +115,7 @@ def measure(tokens: int, heads: int, rounds: int) -> dict[str, float | None]:
         lambda: sr_kernel_ops._sum_pairs(slope, of_queries, sums[0]), rounds
     )
     found["table products"] = microseconds(
-        lambda: sr_kernel_ops._table_products(qkv[:, :, 0], tables[0]), rounds
+        lambda: sr_kernel_ops._table_products(qkv[:, :, 1], r_q), rounds
     )
     q, k, v = crop_parts = [x.transpose(1, 2).requires_grad_() for x in qkv.unbind(2)]
     plain = F.scaled_dot_product_attention(q, k, v)

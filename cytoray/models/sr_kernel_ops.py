@@ -77,12 +77,10 @@ def attend(
     from cytoray.models import sr_kernels
 
     with torch.autocast(qkv.device.type, enabled=False), torch.cuda.device_of(qkv):
-        from_query, from_key = None, None
+        r_k, from_key = None, None
         if tables is not None:
-            from_query, from_key = (_table_products(qkv[:, :, x], tables[x]) for x in (0, 1))
-        out, weights = sr_kernels.attend(
-            qkv, from_query, from_key, buckets, top_h=top_h, scale=scale
-        )
+            r_k, from_key = tables[0], _table_products(qkv[:, :, 1], tables[1])
+        out, weights = sr_kernels.attend(qkv, r_k, from_key, buckets, top_h=top_h, scale=scale)
         if tables is None or of_queries is None:
             return out, weights, qkv.new_empty(0)
         sums = weights.new_empty(1, len(weights), qkv.shape[1], tables.shape[-2])
@@ -126,9 +124,9 @@ def attend_backward(
     with torch.autocast(qkv.device.type, enabled=False), torch.cuda.device_of(qkv):
         grad = grad.contiguous()
         grad_qkv = torch.empty_like(qkv)
-        from_value = None if tables is None else _table_products(grad, tables[2])
+        r_v = None if tables is None else tables[2]
         slope, turned = sr_kernels.slopes(
-            grad, out, qkv, weights, from_value, buckets, grad_qkv, scale=scale
+            grad, out, qkv, weights, r_v, buckets, grad_qkv, scale=scale
         )
         sr_kernel_products.add_key_gradients(turned, weights, qkv, grad, grad_qkv)
         if tables is None or of_queries is None or of_keys is None:

@@ -100,8 +100,21 @@ def _slope_tile(
 
 
 @triton.jit
+def _meet_table(
+    tile, table, products, i, N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the products of rows i with a table (K, D); the program may read them from now on."""
+    table_tile = rows_of(table, tl.arange(0, K), D, D, WIDTH)
+    made = tl.dot(tile, tl.trans(table_tile), input_precision=PRECISION)
+    put_rows(products, made, i, N, K, K)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _attend_kernel(
     qkv,
+    r_k,
     from_query,
     from_key,
     buckets,
@@ -117,6 +130,7 @@ def _attend_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     IRPE: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     TOP_H: tl.constexpr,
     BY_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -132,12 +146,16 @@ def _attend_kernel(
     n = n.to(tl.int64)
     qkv += crop * (N * STRIDE) + head * D
     q_tile = rows_of(qkv, rows, STRIDE, D, WIDTH)
+    from_query += n * N * K
+    if IRPE:
+        r_k += head * (K * D) if PER_HEAD else 0
+        _meet_table(q_tile, r_k, from_query, i, N, D, WIDTH, K, PRECISION)
     scores = ()
     for t in tl.static_range(len(TILES)):
         j = begin(TILES, t) + tl.arange(0, TILES[t])
         scores = scores + (
             _score_tile(
-                q_tile, qkv + HEADS * D, from_query + n * N * K, from_key + n * N * K, buckets,
+                q_tile, qkv + HEADS * D, from_query, from_key + n * N * K, buckets,
                 rows, j, N, T, STRIDE, D, WIDTH, K, IRPE, PRECISION,
             ),
         )  # fmt: skip
@@ -180,6 +198,7 @@ def _slope_kernel(
     out,
     qkv,
     weights,
+    r_v,
     from_value,
     buckets,
     slope,
@@ -195,6 +214,7 @@ def _slope_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     IRPE: tl.constexpr,
+    PER_HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     T: tl.constexpr = begin(TILES, len(TILES))
@@ -210,11 +230,15 @@ def _slope_kernel(
     grad_tile = rows_of(grad + start, rows, HEADS * D, D, WIDTH)
     out_tile = rows_of(out + start, rows, HEADS * D, D, WIDTH)
     mean = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
+    from_value += n * N * K
+    if IRPE:
+        r_v += head * (K * D) if PER_HEAD else 0
+        _meet_table(grad_tile, r_v, from_value, i, N, D, WIDTH, K, PRECISION)
     back = tl.zeros((ROWS, WIDTH), tl.float32)
     for t in tl.static_range(len(TILES)):
         j = begin(TILES, t) + tl.arange(0, TILES[t])
         steep = _slope_tile(
-            grad_tile, mean, qkv + 2 * HEADS * D, weights + n * T * T, from_value + n * N * K,
+            grad_tile, mean, qkv + 2 * HEADS * D, weights + n * T * T, from_value,
             buckets, i, rows, j, scale, N, T, STRIDE, D, WIDTH, K, IRPE, PRECISION,
         ).to(qkv.dtype.element_ty)  # fmt: skip
         _put_pairs(slope + n * T * T, steep, i, j, T)
@@ -226,7 +250,7 @@ def _slope_kernel(
 
 def attend(
     qkv: Tensor,
-    from_query: Tensor | None,
+    r_k: Tensor | None,
     from_key: Tensor | None,
     buckets: Tensor | None,
     *,
@@ -237,7 +261,7 @@ def attend(
 
     Args:
         qkv: (B, N, 3, H, d), contiguous.
-        from_query: (n, N, K), products of the queries with r^K; None: no positions.
+        r_k: (K, d) or (H, K, d), contiguous; None: no positions.
         from_key: (n, N, K), products of the keys with r^Q.
         buckets: uint8 (T, T).
         top_h: keys that each query keeps, at most N; None: all.
@@ -250,14 +274,15 @@ def attend(
     padded = padded_tokens(tokens)
     out = qkv.new_empty(crops, tokens, heads, width)
     weights = qkv.new_empty(heads * crops, padded, padded)
+    from_query = None if from_key is None else torch.empty_like(from_key)
     some: Any = qkv  # a pointer that is not read
     _attend_kernel[_programs(qkv, _ATTEND)](
         qkv,
-        *(some if x is None else x for x in (from_query, from_key, buckets)),
+        *(some if x is None else x for x in (r_k, from_query, from_key, buckets)),
         *(out, weights, crops, scale),
         TOP_H=top_h or 0,
         BY_VALUE=_ROUNDS_BY_VALUE,
-        **_options(qkv, from_query, _ATTEND),
+        **_options(qkv, r_k, _ATTEND),
     )
     return out, weights
 
@@ -267,7 +292,7 @@ def slopes(
     out: Tensor,
     qkv: Tensor,
     weights: Tensor,
-    from_value: Tensor | None,
+    r_v: Tensor | None,
     buckets: Tensor | None,
     grad_qkv: Tensor,
     *,
@@ -280,7 +305,7 @@ def slopes(
         out: (B, N, H, d), the output with the part of r^V.
         qkv: as in `attend`.
         weights: (n, T, T) of `attend`.
-        from_value: (n, N, K), products of `grad` with r^V; None: no positions.
+        r_v: (K, d) or (H, K, d), contiguous; None: no positions.
         buckets: as in `attend`.
         grad_qkv: (B, N, 3, H, d); the part of the queries is written.
         scale: of the scores.
@@ -289,12 +314,15 @@ def slopes(
         (n, T, T) by query and key, and the same by key and query.
     """
     slope, turned = torch.empty_like(weights), torch.empty_like(weights)
+    from_value = None
+    if r_v is not None:
+        from_value = qkv.new_empty(len(weights), qkv.shape[1], r_v.shape[-2])
     some: Any = qkv
     _slope_kernel[_programs(qkv, _SLOPES)](
         *(grad, out, qkv, weights),
-        *(some if x is None else x for x in (from_value, buckets)),
+        *(some if x is None else x for x in (r_v, from_value, buckets)),
         *(slope, turned, grad_qkv, qkv.shape[0], scale),
-        **_options(qkv, from_value, _SLOPES),
+        **_options(qkv, r_v, _SLOPES),
     )
     return slope, turned
 
@@ -303,8 +331,8 @@ _TILE = 128  # keys of a tile at most: larger ones take too many registers at on
 # Tokens up to which a program is of so many rows and warps, and of how many registers a thread
 # (None: all there are); `benchmarks.sr_shapes` compares them.
 Shape = tuple[int, int, int | None]
-_ATTEND: dict[int, Shape] = {64: (16, 1, None), 208: (64, 4, 168), 512: (64, 4, None)}
-_SLOPES: dict[int, Shape] = {64: (16, 1, None), 208: (64, 4, 168), 512: (64, 4, None)}
+_ATTEND: dict[int, Shape] = {208: (64, 4, 168), 512: (64, 4, None)}
+_SLOPES: dict[int, Shape] = {64: (16, 1, 128), 208: (64, 4, 168), 512: (64, 4, None)}
 
 
 def _tiles(tokens: int) -> tuple[int, ...]:
@@ -340,9 +368,10 @@ def _options(qkv: Tensor, table: Tensor | None, shapes: dict[int, Shape]) -> dic
     return {
         **head_options(qkv),
         "TILES": _tiles(padded_tokens(qkv.shape[1])),
-        "K": 1 if table is None else table.shape[-1],
+        "K": 1 if table is None else table.shape[-2],
         "ROWS": rows,
         "IRPE": table is not None,
+        "PER_HEAD": table is not None and table.dim() == 3,
         "num_warps": warps,
         "maxnreg": registers,
     }
