@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cytoray.models.sr_kernels import head_options, put_rows, rows_of
+from cytoray.models.sr_kernels import head_options, place_of, put_rows, rows_of
 
 # Rows a program takes at once, and its warps; `benchmarks.sr_shapes` compares them.
 _KEYS = (64, 4)
@@ -40,11 +40,7 @@ def _key_kernel(
     PRECISION: tl.constexpr,
 ):
     STRIDE: tl.constexpr = 3 * HEADS * D
-    blocks = tl.cdiv(N, ROWS)
-    n = tl.program_id(0) // blocks
-    j = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    head, crop = n // crops, (n % crops).to(tl.int64)
-    n = n.to(tl.int64)
+    n, head, crop, j = place_of(crops, N, ROWS)
     qkv += crop * (N * STRIDE) + head * D
     grad += crop * (N * HEADS * D) + head * D
     grad_qkv += crop * (N * STRIDE) + head * D

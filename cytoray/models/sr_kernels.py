@@ -34,6 +34,16 @@ def _tiles_with(tiles, count):
 
 
 @triton.jit
+def place_of(crops, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """What the program works on: the n-th attention, its head and crop, and some of COUNT rows."""
+    blocks = tl.cdiv(COUNT, ROWS)
+    n = tl.program_id(0) // blocks
+    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    # In 64 bits where it is multiplied: all numbers may be more than 32 bits hold.
+    return n.to(tl.int64), n // crops, (n % crops).to(tl.int64), i
+
+
+@triton.jit
 def rows_of(base, rows, STRIDE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of width D, with zeros up to WIDTH."""
     c = tl.arange(0, WIDTH)
@@ -138,12 +148,8 @@ def _attend_kernel(
     T: tl.constexpr = begin(TILES, len(TILES))
     LAST: tl.constexpr = len(TILES) - 1
     STRIDE: tl.constexpr = 3 * HEADS * D
-    blocks = tl.cdiv(T, ROWS)
-    n = tl.program_id(0) // blocks
-    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    n, head, crop, i = place_of(crops, T, ROWS)
     rows = tl.minimum(i, N - 1)
-    head, crop = n // crops, (n % crops).to(tl.int64)
-    n = n.to(tl.int64)
     qkv += crop * (N * STRIDE) + head * D
     q_tile = rows_of(qkv, rows, STRIDE, D, WIDTH)
     from_query += n * N * K
@@ -219,12 +225,8 @@ def _slope_kernel(
 ):
     T: tl.constexpr = begin(TILES, len(TILES))
     STRIDE: tl.constexpr = 3 * HEADS * D
-    blocks = tl.cdiv(T, ROWS)
-    n = tl.program_id(0) // blocks
-    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    n, head, crop, i = place_of(crops, T, ROWS)
     rows = tl.minimum(i, N - 1)
-    head, crop = n // crops, (n % crops).to(tl.int64)
-    n = n.to(tl.int64)
     qkv += crop * (N * STRIDE) + head * D
     start = crop * (N * HEADS * D) + head * D
     grad_tile = rows_of(grad + start, rows, HEADS * D, D, WIDTH)
