@@ -202,7 +202,8 @@ class SRAttention(nn.Module):
         if grid is not None and self.config.irpe:
             buckets = self.grids.buckets(grid, qkv.device, qkv.dtype)
         plain = mask is not None or self.config.form == "plain"
-        if not plain and self.config.form == "auto" and kernels_serve(qkv):
+        more = self.config.irpe or (top_h is not None and top_h < qkv.shape[1])  # than SDPA does
+        if more and not plain and self.config.form == "auto" and kernels_serve(qkv):
             maps = None if buckets is None else buckets.kernel
             return attend_by_kernels(qkv, *tables, maps, top_h, self.scale)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -203,6 +203,21 @@ def test_block_with_kernels(way):
         torch.testing.assert_close(mine.grad, reference.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_crops_of_few_tokens_without_positions_are_left_to_pytorch(monkeypatch):
+    """With no more tokens than a query keeps it is plain attention."""
+    served = []
+    monkeypatch.setattr(
+        sr_transformer,
+        "attend_by_kernels",
+        lambda qkv, *_: served.append(qkv.shape[1]) or qkv[:, :, 0],
+    )
+    config = SRConfig(sparse=True, irpe=False, top_h=4)
+    attention = SRAttention(Attention(32, 2), PatchGrids(1), config).to(DEVICE)
+    for tokens in (3, 4, 5):
+        attention(torch.randn(2, tokens, 32, device=DEVICE))
+    assert served == [5]
+
+
 @pytest.mark.parametrize("kind", ["tables", "none", "per head"])
 def test_as_an_operation_it_keeps_the_rules(kind):
     """Shapes, strides and gradients told to `torch.compile` are those found, nothing is aliased."""
