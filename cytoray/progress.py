@@ -275,7 +275,7 @@ def summary_table(
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(Text(str(name)), Text(_number(value) if _is_number(value) else str(value)))
+        table.add_row(Text(str(name)), Text(_shown(value)))
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, 200)  # a path cut in two cannot be copied from a log
@@ -297,6 +297,15 @@ def duration(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def _shown(value: Any) -> str:
+    """A value of a summary; of an interval or another list of numbers each one shortly."""
+    if _is_number(value):
+        return _number(value)
+    if isinstance(value, (list, tuple)) and value and all(map(_is_number, value)):
+        return ", ".join(map(_number, value))
+    return str(value)
 
 
 def _is_number(value: Any) -> bool:

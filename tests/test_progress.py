@@ -117,6 +117,16 @@ def test_durations():
     ]
 
 
+def test_summary_table_shows_intervals_shortly():
+    stream = io.StringIO()
+    rows = {"auc_ci": [0.7665000000000002, 1.0], "none": [], "names": ["a", 1.0]}
+    summary_table("quickstart", rows, Console(file=stream))
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["auc_ci", "0.7665,", "1"] in lines
+    assert ["none", "[]"] in lines
+    assert ["names", "['a',", "1.0]"] in lines
+
+
 def test_summary_table_keeps_long_paths_whole():
     stream = io.StringIO()
     path = "/data/" + "a" * 120
