@@ -71,8 +71,7 @@ def _table_kernel(
     made,
     parts,
     rows,
-    VECTOR_STRIDE: tl.constexpr,
-    MADE_STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
     ADDS: tl.constexpr,
     PER_HEAD: tl.constexpr,
     N: tl.constexpr,
@@ -89,26 +88,21 @@ def _table_kernel(
     sums += (kind * HEADS + head).to(tl.int64) * rows * K
     vectors += (kind * HEADS + head) * D
     made += (kind * HEADS + head) * D
-    place = kind * HEADS + head if PER_HEAD else kind
-    table_tile = rows_of(table + place * K * D, buckets, D, D, WIDTH)
+    table += (kind * HEADS + head if PER_HEAD else kind) * (K * D)
+    table_tile = rows_of(table, buckets, D, D, WIDTH)
     total = tl.zeros((K, WIDTH), tl.float32)
     for block in range(BLOCKS):
         # In 64 bits: all crops' numbers may be more than 32 bits hold.
-        row = (part * BLOCKS + block) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        there = row < rows
-        row = tl.minimum(row, rows - 1)
-        some = tl.load(sums + row[:, None] * K + buckets[None, :], mask=there[:, None], other=0.0)
-        tile = rows_of(vectors, row, VECTOR_STRIDE, D, WIDTH)
+        i = (part * BLOCKS + block) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        row = tl.minimum(i, rows - 1)
+        place = sums + row[:, None] * K + buckets[None, :]
+        some = tl.load(place, mask=(i < rows)[:, None], other=0.0)
+        tile = rows_of(vectors, row, STRIDE, D, WIDTH)
         total = tl.dot(tl.trans(some), tile, total, input_precision=PRECISION)
         if ADDS:
-            before = rows_of(made, row, MADE_STRIDE, D, WIDTH).to(tl.float32)
+            before = rows_of(made, row, STRIDE, D, WIDTH).to(tl.float32)
             after = tl.dot(some, table_tile, before, input_precision=PRECISION)
-            c = tl.arange(0, WIDTH)
-            tl.store(
-                made + row[:, None] * MADE_STRIDE + c[None, :],
-                after.to(made.dtype.element_ty),
-                mask=there[:, None] & (c < D)[None, :],
-            )
+            put_rows(made, after, i, rows, STRIDE, D)
     parts += ((kind * HEADS + head) * tl.num_programs(0) + part).to(tl.int64) * (K * D)
     put_rows(parts, total, buckets, K, D, D)
 
@@ -159,8 +153,7 @@ def table_gradients(
     some: Any = vectors
     _table_kernel[(num_parts, heads, kinds)](
         *(sums, vectors, tables, some if made is None else made, parts, rows),
-        VECTOR_STRIDE=together * heads * width,
-        MADE_STRIDE=together * heads * width,
+        STRIDE=together * heads * width,
         ADDS=made is not None,
         PER_HEAD=tables.dim() == 4,
         K=buckets,
