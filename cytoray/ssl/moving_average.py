@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +26,32 @@ def momentum_copy(network: Network) -> Network:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's piece of a sharded tensor, in the same memory; a plain tensor is its own."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return cast(DTensor, tensor.detach()).to_local()
 
 
-@torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, in place and in one pass.
+class MovingAverage:
+    """Lets teachers follow their students; which parameters they have is looked up once.
 
     Args:
-        teacher: module with the parameters of `student` in the same order and, where they are
-            sharded, cut in the same way: each rank then averages its own piece.
-        student: what is followed.
-        momentum: share of the old teacher.
+        networks: (teacher, student) pairs. The two have the same parameters in the same order and,
+            where they are sharded, cut in the same way: each rank then averages its own piece. What
+            a teacher shares with its student is left alone.
     """
-    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
-    own = ((t, s) for t, s in pairs if t is not s)
-    old, new = zip(*((local_part(t), local_part(s)) for t, s in own), strict=True)
-    torch._foreach_lerp_(list(old), list(new), 1.0 - momentum)
+
+    def __init__(self, *networks: tuple[nn.Module, nn.Module]) -> None:
+        pairs = [
+            (old, new)
+            for teacher, student in networks
+            for old, new in zip(teacher.parameters(), student.parameters(), strict=True)
+            if old is not new
+        ]
+        self._teachers = [old for old, _ in pairs]
+        self._students = [new for _, new in pairs]
+
+    @torch.no_grad()
+    def follow(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, in place and in one pass."""
+        old, new = ([local_part(p) for p in own] for own in (self._teachers, self._students))
+        torch._foreach_lerp_(old, new, 1.0 - momentum)

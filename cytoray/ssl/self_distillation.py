@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from cytoray.ssl.losses import KoleoLoss, build_targets, dino_loss, ibot_loss, k
 from cytoray.ssl.losses.lazy_targets import LazyTargets
 from cytoray.ssl.masks import MaskedPatches
 from cytoray.ssl.monitor import effective_rank, entropy, feature_std
-from cytoray.ssl.moving_average import follow, momentum_copy
+from cytoray.ssl.moving_average import MovingAverage, momentum_copy
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,11 @@ class SelfDistillation(Method):
 
     def after_step(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student."""
-        follow(self.teacher, self.student, momentum)
+        self._average.follow(momentum)
+
+    @cached_property
+    def _average(self) -> MovingAverage:
+        return MovingAverage((self.teacher, self.student))
 
     def encoder(self) -> Backbone:
         """The teacher's backbone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from cytoray.ssl.batch_norm import as_momentum_network
 from cytoray.ssl.choices import Ahead, ChoiceRules, StepShape
 from cytoray.ssl.collectives import gather_rows
 from cytoray.ssl.monitor import effective_rank, feature_std
-from cytoray.ssl.moving_average import follow, momentum_copy
+from cytoray.ssl.moving_average import MovingAverage, momentum_copy
 
 if TYPE_CHECKING:
     from cytoray.training.config import PretrainConfig
@@ -275,8 +276,13 @@ class TwoViewMethod(Method):
     def after_step(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, where there is a teacher."""
         if self.teacher is not None:
-            follow(self.teacher.backbone, self.student.backbone, momentum)
-            follow(self.teacher.projector, self.student.projector, momentum)
+            self._average.follow(momentum)
+
+    @cached_property
+    def _average(self) -> MovingAverage:
+        assert self.teacher is not None
+        old, new = self.teacher, self.student
+        return MovingAverage((old.backbone, new.backbone), (old.projector, new.projector))
 
     def encoder(self) -> Backbone:
         """The trained side's backbone, as the papers evaluate it."""

@@ -98,6 +98,8 @@ class PretrainEngine:
             layer_decay=config.optim.layer_decay,
             patch_embed_lr_mult=config.optim.patch_embed_lr_mult,
         )
+        clipped = self.method.clip_modules().items()
+        self._clipped = {name: list(module.parameters()) for name, module in clipped}
         self.optimizer = build_optimizer(groups, beta1=config.optim.beta1, beta2=config.optim.beta2)
 
     def step(self, batch: Mapping[str, Any], step: int) -> dict[str, Tensor]:
@@ -123,7 +125,7 @@ class PretrainEngine:
         """
         values = step_values(self.config, step)
         metrics = self._gradients(self._micro_batches(batch, step, values.teacher_temp))
-        norms = clip_per_module(self.method.clip_modules(), self.config.optim.clip_grad)
+        norms = clip_per_module(self._clipped, self.config.optim.clip_grad)
         apply_schedule(self.optimizer, values)
         self._optimizer_step(metrics["loss"], norms)
         self.method.after_step(values.ema)

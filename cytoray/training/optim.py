@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def apply_schedule(optimizer: AdamW, values: StepValues) -> None:
 
 
 @torch.no_grad()
-def clip_per_module(modules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
-    """Clip the gradient of each module to `max_norm` (0: only measure).
+def clip_per_module(
+    modules: Mapping[str, Sequence[nn.Parameter]], max_norm: float
+) -> dict[str, Tensor]:
+    """Clip the gradient of each module, given by its parameters, to `max_norm` (0: only measure).
 
     Of sharded gradients each rank works on its pieces; the norm is of the whole.
 
@@ -97,8 +100,8 @@ def clip_per_module(modules: dict[str, nn.Module], max_norm: float) -> dict[str,
         `grad_norm_<module>` before clipping, 0-d tensors on the device.
     """
     gradients = {
-        name: [p.grad for p in module.parameters() if p.grad is not None]
-        for name, module in modules.items()
+        name: [p.grad for p in parameters if p.grad is not None]
+        for name, parameters in modules.items()
     }
     pieces = {name: [local_part(g) for g in found] for name, found in gradients.items()}
     norms = torch.stack([nn.utils.get_total_norm(own) for own in pieces.values()])

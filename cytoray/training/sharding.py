@@ -77,8 +77,6 @@ def share_method(method: Method, sharding: str, *, device: torch.device, bf16: b
         return DistributedDataParallel(method, **options)
     if sharding == "fsdp":
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        # With bf16 the residual stream is bf16 too, as in DINOv2's own training; without sharding
-        # it is fp32, for positions are added in fp32.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.float32,

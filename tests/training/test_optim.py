@@ -81,11 +81,11 @@ def test_clip_is_per_module():
     for module, size in ((big, 10.0), (small, 0.01)):
         for p in module.parameters():
             p.grad = torch.full_like(p, size)
-    norms = clip_per_module({"big": big, "small": small}, 3.0)
+    norms = clip_per_module({"big": [*big.parameters()], "small": [*small.parameters()]}, 3.0)
     assert norms["grad_norm_big"].item() == pytest.approx(10 * 12**0.5)
     clipped = torch.cat([p.grad.flatten() for p in big.parameters() if p.grad is not None])
     assert clipped.norm().item() == pytest.approx(3.0, rel=1e-4)
     assert small.bias.grad is not None
     assert torch.equal(small.bias.grad, torch.full((3,), 0.01))
-    clip_per_module({"small": small}, 0.0)
+    clip_per_module({"small": [*small.parameters()]}, 0.0)
     assert torch.equal(small.bias.grad, torch.full((3,), 0.01))
