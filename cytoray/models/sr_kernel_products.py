@@ -74,7 +74,6 @@ def _table_kernel(
     STRIDE: tl.constexpr,
     ADDS: tl.constexpr,
     PER_HEAD: tl.constexpr,
-    N: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -160,6 +159,6 @@ def table_gradients(
         ROWS=at_once,
         BLOCKS=_BLOCKS,
         num_warps=warps,
-        **head_options(vectors),
+        **{name: value for name, value in head_options(vectors).items() if name != "N"},
     )
     return parts.sum(2 if tables.dim() == 4 else (1, 2))
