@@ -1,12 +1,15 @@
 """`cytoray <job> [named-run] [--flags]`: the command line.
 
 Each job is a module with a `Config` dataclass and `run(config)`. Exit codes: 0 done, 2 bad input,
-3 finished with quarantined slides and `--strict`, 130 stopped with Ctrl-C.
+3 finished with quarantined slides and `--strict`, 130 stopped with Ctrl-C, 141 when whoever read
+the output left before its end (`| head`).
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from typing import Any
 
@@ -101,7 +104,27 @@ def run_job(job: str, argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script `cytoray`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _answer(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe nobody reads any more; what is left for it is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno())
+    left = any(events & select.POLLERR for _, events in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
+
+
+def _answer(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -121,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def job_main(job: str) -> None:
     """`python -m pipelines.<job>`."""
-    sys.exit(run_job(job, sys.argv[1:]))
+    sys.exit(main([job, *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

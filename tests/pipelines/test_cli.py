@@ -62,6 +62,17 @@ def test_every_job_has_help(cytoray, job: str) -> None:
     assert "--address" in outcome.out or job in ("bags", "plan")  # which need no cluster
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"]])
+def test_whoever_reads_may_leave(argv: list[str]) -> None:
+    """As with `| head`: no traceback."""
+    command = [sys.executable, "-m", "pipelines.cli", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        said = running.communicate()[1].decode()
+    assert (running.returncode, said) == (141, "")
+
+
 def test_unknown_job(refused) -> None:
     text = refused("indx", "--out", "x")
     assert "unknown job 'indx'" in text
