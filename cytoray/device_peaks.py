@@ -1,8 +1,11 @@
-"""What GPUs can do at most, by the makers' data sheets."""
+"""What devices can do at most: GPUs by the makers' data sheets, this CPU by trying."""
 
 from __future__ import annotations
 
 import re
+import time
+
+import torch
 
 # Dense bf16 (fp16 where there is none) floating point operations a second.
 PEAK_FLOPS: dict[str, float] = {
@@ -29,3 +32,24 @@ def peak_of_device(name: str) -> float | None:
     words = f"-{'-'.join(re.findall(r'[A-Z0-9]+', name.upper()))}-"
     found = [model for model in PEAK_FLOPS if f"-{model}-" in words]
     return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+def try_cpu(precision: str, threads: int) -> float:
+    """FLOP/s of a large matrix product here, which no network gets past; takes half a second.
+
+    Args:
+        precision: `bf16` or `fp32`.
+        threads: that work on it.
+    """
+    side = 1024
+    one = torch.rand(side, side, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    before, fastest_s = torch.get_num_threads(), float("inf")
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(8):
+            began = time.perf_counter()
+            torch.mm(one, one)
+            fastest_s = min(fastest_s, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * side**3 / fastest_s

@@ -8,12 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
+import torch
+
+from cytoray.device_peaks import peak_of_device, try_cpu
 from cytoray.distributed.cluster import Share
 from cytoray.distributed.train_log import pending_metrics
 from cytoray.errors import InputError
 from cytoray.models.encoder import replace_folder
 from cytoray.perturb import CROP_POLICIES, CropPolicy
-from cytoray.progress import summary_table
+from cytoray.precision import resolve_precision
+from cytoray.progress import duration, summary_table
 from cytoray.report import write_report
 from cytoray.report.pretraining import example_attention, example_views, pretrain_section
 from cytoray.runs import RunFolder
@@ -40,16 +45,24 @@ def say(
         "workers": f"{config.workers} x {'GPU' if use_gpu else f'{share.cpus_per_worker:g} CPU'}",
         "readers": f"{share.min_readers} to {share.max_readers} x {share.cpus_per_reader:g} CPU",
         "method": f"{ssl.method}, {ssl.backbone.name}",
-        **_costs(config, ssl, use_gpu),
+        **_costs(config, ssl, share, use_gpu),
     }
     summary_table("pretrain: dry run, nothing was started", summary)
     return summary
 
 
-def _costs(config: Pretrain, ssl: PretrainConfig, use_gpu: bool) -> dict[str, Any]:
-    """Parameters, work and memory of the run as the dry run prints them."""
-    fp32 = ssl.precision == "fp32" or (ssl.precision == "auto" and not use_gpu)
-    costs = step_costs(ssl, precision="fp32" if fp32 else "bf16")
+def _costs(config: Pretrain, ssl: PretrainConfig, share: Share, use_gpu: bool) -> dict[str, Any]:
+    """Parameters, work, memory and time of the run as the dry run prints them."""
+    precision = ssl.precision
+    if precision == "auto":  # a GPU may be on another machine
+        precision = "bf16" if use_gpu else resolve_precision(precision, torch.device("cpu"))
+    costs = step_costs(ssl, precision=precision)
+    if use_gpu:
+        per_worker, of_what = _gpu_peak(ray.cluster_resources())
+    else:
+        threads = share.worker_threads
+        per_worker = try_cpu(precision, threads)
+        of_what = f"the {per_worker / 1e9:,.0f} GFLOP/s of a product here (threads: {threads})"
     at_once = -(-ssl.batch_size // (config.workers * ssl.accumulate))
     spec = encoder_spec(ssl)
     sharding = resolve_sharding(
@@ -60,6 +73,8 @@ def _costs(config: Pretrain, ssl: PretrainConfig, use_gpu: bool) -> dict[str, An
     )
     shards = config.workers if sharding == "fsdp" else 1
     flops = costs.flops_per_tile * ssl.batch_size * ssl.total_steps
+    seconds = flops / config.workers / per_worker
+    hours = seconds / 3600
     return {
         "parameters": f"{costs.num_parameters / 1e6:.1f} M trained, "
         f"{costs.num_backbone_parameters / 1e6:.1f} M of them the encoder",
@@ -67,9 +82,19 @@ def _costs(config: Pretrain, ssl: PretrainConfig, use_gpu: bool) -> dict[str, An
         "memory": f"at least {costs.memory_bytes(at_once, shards) / 2**30:.1f} GiB a worker with "
         f"{at_once} tiles at once ({costs.state_bytes / shards / 2**30:.1f} GiB of it weights and "
         "optimiser)",
-        "hours": f"at least {flops / config.workers / 3.6e18:,.3g} where a worker sustains 1 "
-        "PFLOP/s; `cytoray plan` measures your own",
+        "hours": f"at least {hours:,.{0 if hours >= 10 else 2}f} ({duration(seconds)}) if a worker "
+        f"sustained {of_what}; `cytoray plan` measures your own",
     }
+
+
+def _gpu_peak(resources: Mapping[str, float]) -> tuple[float, str]:
+    """FLOP/s of the fastest kind of GPU that a cluster with these resources says it has."""
+    kinds = (name.removeprefix("accelerator_type:") for name in resources)
+    peaks = {kind: peak for kind in kinds if (peak := peak_of_device(kind)) is not None}
+    if not peaks:
+        return 1e15, "1 PFLOP/s"
+    fastest = max(peaks, key=peaks.__getitem__)
+    return peaks[fastest], f"the {peaks[fastest] / 1e12:,.0f} TFLOP/s of {fastest}"
 
 
 def pictures(config: Pretrain, plan: ReadPlan, encoder: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from cytoray.device_peaks import peak_of_device
+from cytoray.device_peaks import peak_of_device, try_cpu
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,10 @@ from cytoray.device_peaks import peak_of_device
 )
 def test_a_model_is_found_by_its_whole_name(name: str, tflops: float | None) -> None:
     assert peak_of_device(name) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trying_the_cpu_leaves_its_threads_as_they_were(precision: str) -> None:
+    before = torch.get_num_threads()
+    assert 1e8 < try_cpu(precision, 1) < 1e14  # between a very old core and a very large GPU
+    assert torch.get_num_threads() == before

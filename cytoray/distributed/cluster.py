@@ -193,6 +193,11 @@ class Share:
     max_readers: int
     cpus_source: float = 0.1
 
+    @property
+    def worker_threads(self) -> int:
+        """Threads of a training worker that computes on its CPUs."""
+        return max(1, round(self.cpus_per_worker))
+
 
 def share_cpus(
     total_cpus: float, workers: int, *, cpus_per_worker: float | None, max_readers: int | None

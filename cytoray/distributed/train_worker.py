@@ -130,7 +130,7 @@ class _Worker:
         self.settings, self.log = settings, log
         self.device = get_device()
         if self.device.type == "cpu":
-            torch.set_num_threads(max(1, round(settings.share.cpus_per_worker)))
+            torch.set_num_threads(settings.share.worker_threads)
         if settings.deterministic:
             _be_deterministic()
         self.checkpoints = settings.folder.path / "checkpoints"

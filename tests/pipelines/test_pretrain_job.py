@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -23,7 +24,9 @@ from cytoray.streaming.ledger import used_tiles
 from cytoray.tracking import Tracker
 from cytoray.training import PretrainEngine, load_checkpoint
 from cytoray.training.checkpoint import list_checkpoints
+from cytoray.training.costs import step_costs
 from pipelines import pretrain
+from pipelines.pretrain_report import _gpu_peak
 
 from ..conftest import MPP, TILE_PX, tiny_ssl
 
@@ -159,6 +162,22 @@ def test_a_dry_run_starts_nothing(config, cytoray, tmp_path) -> None:
     assert summary["steps"] == 12
     assert summary["workers"] == "1 x 1 CPU"
     assert not config.out.exists()
+    assert "GFLOP/s of a product here (threads: 1)" in summary["hours"]
+
+
+def test_hours_are_the_work_at_the_speed_that_is_named(config) -> None:
+    summary = pretrain.run(replace(config, dry_run=True, epochs=1e6))
+    found = re.search(r"at least ([\d.]+) .* the ([\d,]+) GFLOP/s", summary["hours"])
+    assert found is not None
+    work = step_costs(config.ssl).flops_per_tile * config.ssl.batch_size * summary["steps"]
+    hours = work / float(found[2].replace(",", "")) / 3.6e12
+    assert float(found[1]) == pytest.approx(hours, rel=0.1)
+
+
+def test_hours_of_gpus_are_by_the_fastest_kind_that_is_known() -> None:
+    found = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:T4": 1.0, "accelerator_type:H100": 1.0}
+    assert _gpu_peak(found) == (989e12, "the 989 TFLOP/s of H100")
+    assert _gpu_peak({"CPU": 8.0, "accelerator_type:XPU-9": 1.0})[0] == 1e15
 
 
 def test_a_diverged_run_stops_with_step_tiles_and_state(config, cytoray, tmp_path) -> None:
