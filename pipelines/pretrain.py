@@ -167,9 +167,12 @@ def run(config: Config) -> dict[str, Any]:
     reader = _reader_config(config, plan)
     normalisation(ssl)  # says so if the weights to start from are not there
     connect(config.address)
-    use_gpu, share = _fit_cluster(config)
+    use_gpu, share = _share_of_cluster(config)
     if config.dry_run:
-        return say(config, plan, ssl, share, use_gpu)
+        summary = say(config, plan, ssl, share, use_gpu)
+        _check_cluster(config, share, use_gpu)
+        return summary
+    _check_cluster(config, share, use_gpu)
     # Before anything is written; a complete run needs it no more
     tracker = None if config.resume else Tracker(config.tracking_uri or None, config.experiment)
     folder = RunFolder.open(config.out, "pretrain", to_plain(config), config.resume, _MAY_CHANGE)
@@ -272,7 +275,8 @@ def _settle_steps(config: Config, plan: ReadPlan) -> tuple[Config, PretrainConfi
     return config, ssl, math.ceil(ssl.total_steps * ssl.batch_size / tiles)
 
 
-def _fit_cluster(config: Config) -> tuple[bool, Share]:
+def _share_of_cluster(config: Config) -> tuple[bool, Share]:
+    """Whether the workers train on GPUs, and how the CPUs are shared."""
     resources = ray.cluster_resources()
     use_gpu = resources.get("GPU", 0) > 0 if config.use_gpu is None else config.use_gpu
     share = share_cpus(
@@ -281,6 +285,10 @@ def _fit_cluster(config: Config) -> tuple[bool, Share]:
         cpus_per_worker=config.cpus_per_worker,
         max_readers=config.max_readers,
     )
+    return use_gpu, share
+
+
+def _check_cluster(config: Config, share: Share, use_gpu: bool) -> None:
     check_fits(
         [
             Need(what="training worker", count=config.workers, cpus=share.cpus_per_worker,
@@ -290,7 +298,6 @@ def _fit_cluster(config: Config) -> tuple[bool, Share]:
         ],
         hint="ask for fewer --workers or --cpus-per-worker, or add nodes",
     )  # fmt: skip
-    return use_gpu, share
 
 
 def _reader_config(config: Config, plan: ReadPlan) -> TileReaderConfig:

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cytoray.config import from_plain, to_plain
+from cytoray.errors import InputError
 from cytoray.models.encoder import load_encoder
 from cytoray.runs import read_events
 from cytoray.streaming.ledger import used_tiles
@@ -163,6 +164,14 @@ def test_a_dry_run_starts_nothing(config, cytoray, tmp_path) -> None:
     assert summary["workers"] == "1 x 1 CPU"
     assert not config.out.exists()
     assert "GFLOP/s of a product here (threads: 1)" in summary["hours"]
+
+
+def test_a_dry_run_tells_costs_also_where_the_cluster_is_too_small(config, capsys) -> None:
+    with pytest.raises(InputError, match="the cluster is too small for this job"):
+        pretrain.run(replace(config, dry_run=True, workers=8, use_gpu=True))
+    said = capsys.readouterr().out
+    assert "8 x GPU" in said
+    assert "GFLOP a tile" in said
 
 
 def test_hours_are_the_work_at_the_speed_that_is_named(config) -> None:
