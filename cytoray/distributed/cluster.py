@@ -82,12 +82,14 @@ def connect(address: str | None = None, *, num_cpus: int | None = None, preload:
         try:
             ray.init(num_cpus=cpus, include_dashboard=False, **options)  # type: ignore[arg-type]
         except Exception as error:  # Ray raises no class of its own here
+            why = "within its 30 s: this machine is too busy"
             if "timed out during startup" not in str(error):
-                raise
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                why = f"({said}); the machine may be too busy, or Ray's log says more"
             raise InputError(
-                "Ray did not start within its 30 s: this machine is too busy; run the command "
-                "again when it is less so, or give the --address of a running cluster"
-            ) from None
+                f"Ray did not start {why}; run the command again when it is less so, or give the "
+                "--address of a running cluster"
+            ) from error
         atexit.register(_end_cluster)
 
 

@@ -98,17 +98,21 @@ def test_a_shared_value_is_put_once_and_looked_at_anywhere(ray_cluster) -> None:
     assert shared.get()["numbers"].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.drill
-def test_a_ray_that_does_not_start_is_one_message() -> None:
-    """Its node is stopped as soon as it is born: as on a machine too busy to start it in time."""
-    code = (
-        "from cytoray.distributed.cluster import connect\n"
-        "from cytoray.errors import InputError\n"
-        "try:\n    connect(num_cpus=1)\n"
-        "except InputError as error:\n    print('refused:', error)"
-    )
+START = """
+from cytoray.distributed.cluster import connect
+from cytoray.errors import InputError
+try:
+    connect(num_cpus=1)
+    print("started")
+except InputError as error:
+    print("refused:", error)
+"""
+
+
+def frozen_start() -> str:
+    """What a start of Ray says whose node is stopped as soon as it is seen."""
     caller = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", START], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     frozen: list[psutil.Process] = []
     try:
@@ -117,14 +121,34 @@ def test_a_ray_that_does_not_start_is_one_message() -> None:
             frozen = [p for p in me.children(recursive=True) if p.name() == "raylet"]
             for process in frozen:
                 process.suspend()
-        said, _ = caller.communicate(timeout=120)
+        assert frozen
+        said = caller.communicate(timeout=120)[0].splitlines(keepends=True)
+        return "".join(line for line in said if "logging.cc" not in line)
     finally:
         for process in frozen:
             if process.is_running():
                 process.kill()
         caller.kill()
-    assert frozen
-    assert said.startswith("refused: Ray did not start within its 30 s: this machine is too busy")
+
+
+@pytest.mark.drill
+def test_a_ray_that_does_not_start_is_one_message() -> None:
+    """Its node is stopped as soon as it is born: as on a machine too busy to start it in time.
+
+    Where the node is quicker than this test, that is tried again.
+    """
+    said = next((said for _ in range(3) if (said := frozen_start()) != "started\n"), "")
+    assert said.startswith("refused: Ray did not start "), said
+    assert "too busy" in said
+
+
+def test_another_reason_of_ray_not_to_start_is_told(monkeypatch, tmp_path) -> None:
+    """A temporary folder whose sockets' paths would be too long."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 30)))
+    done = subprocess.run(
+        [sys.executable, "-c", START], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("refused: Ray did not start ("), done.stdout + done.stderr
 
 
 HANGING = """
